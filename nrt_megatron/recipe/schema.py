@@ -1,0 +1,247 @@
+"""Every recipe key, its type and its default, in one place.
+
+Sections follow NeMo-RL's recipes; fields under ``policy.megatron_cfg`` carry Megatron-Core's own
+names. A default lives here and nowhere else. The classes are frozen: a run's recipe never changes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+MISSING = "???"
+"""OmegaConf's mark of a key that every recipe must set."""
+
+
+@dataclass(frozen=True)
+class NRT:
+    """The objective and the shape of a step (Native Reasoning Training, arXiv 2602.11549)."""
+
+    num_prompts_per_step: int = 256
+    """Questions per step, over all data-parallel ranks."""
+    num_generations_per_prompt: int = 8
+    """K, the reasoning traces sampled per question. Ignored by the `sft` scheme, which samples none."""
+    max_num_steps: int = 810
+    """Steps (rollout, scoring, updates) of the whole run."""
+    seed: int = 1234
+    """Seed of weights, data order and sampling."""
+    reward_scheme: str = "weighted_log_prob"
+    """`log_prob`, `prob`, `geometric_mean`, `arithmetic_mean`, `weighted_inverse_prob`,
+    `weighted_log_prob`, or `sft` (no trace, cross-entropy on the answer)."""
+    preset: Optional[str] = None
+    """`reference` or `paper`: sets the objective fields below that the recipe does not set itself."""
+    center_reward_by: str = "mean"
+    """`mean` of the group, or `none`."""
+    scale_reward_by: str = "std"
+    """`std`, the group's sample standard deviation (divides by K-1), or `none`."""
+    clip_to_baseline: bool = False
+    """R' = max(0, R - f(b)): a trace is worth what it adds to the empty trace."""
+    token_signal: str = "fixed"
+    """Weight of each answer token: `fixed` (1), `raw` (alpha_i c_i), `normalised` (raw, centred and scaled)."""
+    sequence_ratio: bool = False
+    """Multiply trace and token terms by the clamped sequence ratio r_k instead of per-token ratios (paper)."""
+    trace_loss_weight: float = 1.0
+    format_loss_weight: float = 0.3
+    """Weight of the cross-entropy on marker tokens the policy did not produce."""
+    token_loss_weight: float = 1.0
+    ratio_clip_min: float = 0.8
+    """Lower bound of the clamped ratio (an absolute ratio, not an epsilon)."""
+    ratio_clip_max: float = 1.28
+    ratio_drop_min: float = 0.8
+    """A token with A < 0 and a ratio below this is dropped."""
+    ratio_drop_max: float = 1.28
+    """A token with A > 0 and a ratio above this is dropped."""
+    loss_normalizer: float = 512.0
+    """Token sums are divided by this and by the number of sequences of the global batch."""
+    max_inverse_prob_weight: float = 1e6
+    """Cap of 1/b_i in `weighted_inverse_prob`; capped tokens are counted."""
+    empty_trace_penalty: float = 0.0
+    """Subtracted from the reward of a trace without tokens, before centring."""
+    truncated_trace_penalty: float = 0.0
+    """Subtracted from the reward of a trace cut at the limit, before centring."""
+    train_forced_marker: bool = False
+    """Policy gradient on marker tokens that were forced, as the reference does."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """The model: a directory, or an inline Hugging Face config for random weights."""
+
+    path: Optional[str] = None
+    """Directory of a Hugging Face checkpoint (safetensors), or of a checkpoint written by `nrt convert`."""
+    config: Optional[dict[str, Any]] = None
+    """A Hugging Face `config.json` inline: weights start random. Exclusive with `path`."""
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """Text to ids, and the end-of-trace marker."""
+
+    path: Optional[str] = None
+    """Directory with `tokenizer.json` or SentencePiece `tokenizer.model`. Default: `policy.model.path`."""
+    trace_open: str = ""
+    """Text appended to the prompt to open the trace, e.g. `<think>`."""
+    marker: str = "<|response_start|>"
+    """End-of-trace marker between trace and answer: one token, or a fixed few."""
+    add_marker: bool = False
+    """Add the marker to the vocabulary when the tokenizer does not know it as a special token."""
+    require_single_token_marker: bool = True
+    """Refuse a marker that the tokenizer splits into several tokens."""
+    marker_init: str = "mean"
+    """Embedding of an added marker: `mean`, `eos`, or a text whose tokens are averaged."""
+
+
+@dataclass(frozen=True)
+class Megatron:
+    """Megatron-Core's own fields, under its own names."""
+
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    virtual_pipeline_model_parallel_size: Optional[int] = None
+    context_parallel_size: int = 1
+    sequence_parallel: bool = False
+    transformer_impl: str = "auto"
+    """`local`, `transformer_engine`, or `auto`: Transformer Engine where it is installed with a GPU."""
+    bf16: bool = False
+    use_distributed_optimizer: bool = False
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+    recompute_granularity: Optional[str] = None
+    """`full` or `selective` activation recomputation."""
+    recompute_method: Optional[str] = None
+    recompute_num_layers: Optional[int] = None
+    make_vocab_size_divisible_by: int = 128
+    """The vocabulary is padded to a multiple of this times the tensor-parallel size."""
+    deterministic_mode: bool = True
+    distributed_timeout_minutes: float = 10.0
+    logprob_chunk_size: int = 1024
+    """Tokens per chunk of the output layer; bounds the log-prob workspace."""
+
+
+@dataclass(frozen=True)
+class SequencePacking:
+    enabled: bool = False
+    """Pack the traces of a prompt behind one copy of the prompt (a tree with a block mask)."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    max_new_tokens: int = 2048
+    """Trace limit in tokens, marker excluded; a trace that reaches it is flagged as truncated."""
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    """0: off."""
+    max_batch_size: int = 1024
+    """Traces decoded together on one data-parallel rank; more are decoded in turn."""
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    lr: float = 2e-6
+    min_lr: float = 0.0
+    weight_decay: float = 0.01
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-15
+    clip_grad: float = 1.0
+
+
+@dataclass(frozen=True)
+class Scheduler:
+    lr_decay_style: str = "constant"
+    """Megatron's: `constant`, `linear`, `cosine`."""
+    lr_warmup_fraction: float = 0.1
+    """Share of all updates in which the learning rate rises to `lr`; the first update's rate is above 0."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    model: Model = field(default_factory=Model)
+    tokenizer: Tokenizer = field(default_factory=Tokenizer)
+    train_global_batch_size: int = 512
+    """Sequences (traces) per optimizer update; divides num_prompts_per_step * K."""
+    train_micro_batch_size: int = 1
+    """Sequences per forward and backward on one data-parallel rank."""
+    max_total_sequence_length: int = 8192
+    """Prompt, trace, marker and answer together, in tokens."""
+    megatron_cfg: Megatron = field(default_factory=Megatron)
+    sequence_packing: SequencePacking = field(default_factory=SequencePacking)
+    generation: Generation = field(default_factory=Generation)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    scheduler: Scheduler = field(default_factory=Scheduler)
+
+
+@dataclass(frozen=True)
+class Data:
+    train: str = MISSING
+    """JSONL or Parquet file."""
+    validation: Optional[str] = None
+    question_key: str = "question"
+    answer_key: str = "answer"
+    messages_key: str = "messages"
+    """Chat rows: the last assistant message is the answer, everything before it the prompt."""
+    prompt_template: Optional[str] = None
+    """`chat` (the tokenizer's template), or a text with `{question}`. Default: `chat` where the tokenizer
+    has a template, else `{question}`."""
+    max_prompt_tokens: Optional[int] = None
+    """Longer prompts are dropped and counted. Default: what `max_total_sequence_length` leaves."""
+    max_answer_tokens: Optional[int] = None
+    on_bad_row: str = "error"
+    """`error`: refuse the file at its first malformed row; `drop`: drop such rows, counted."""
+    shuffle: bool = True
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Held-out questions of `data.validation`."""
+
+    every: int = 0
+    """Steps between evaluations; 0: only before the first and after the last step."""
+    num_questions: int = 128
+    batch_size: int = 512
+    max_answer_tokens: int = 64
+    match: str = "exact"
+    """When a generated answer counts: `exact` (after stripping), `last_word`, or `after:TEXT` (what follows TEXT)."""
+
+
+@dataclass(frozen=True)
+class Checkpointing:
+    every: int = 100
+    """Steps between checkpoints; the last step is always saved."""
+    keep_last: int = 2
+    """Older checkpoints are deleted after a newer one is complete."""
+
+
+@dataclass(frozen=True)
+class Logger:
+    tensorboard: bool = True
+    samples_every: int = 10
+    """Steps between entries of samples.jsonl; 0: none."""
+    samples_num_prompts: int = 2
+
+
+@dataclass(frozen=True)
+class Cluster:
+    num_nodes: int = 1
+    gpus_per_node: int = 8
+    """0: run on CPUs with gloo."""
+    cpu_ranks: int = 1
+    """Processes where there is no GPU."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A run: `nrt train RECIPE`."""
+
+    run_dir: Optional[str] = None
+    """Default: `runs/<recipe name>`."""
+    prepare: Optional[str] = None
+    """A built-in preparation run once before training: `tiny_sum` makes the quickstart's base model and data."""
+    nrt: NRT = field(default_factory=NRT)
+    policy: Policy = field(default_factory=Policy)
+    data: Data = field(default_factory=Data)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    checkpointing: Checkpointing = field(default_factory=Checkpointing)
+    logger: Logger = field(default_factory=Logger)
+    cluster: Cluster = field(default_factory=Cluster)
