@@ -1,0 +1,25 @@
+"""The only room that imports Megatron-Core.
+
+Importing this package installs the CPU adapter first where the machine has no GPU: Megatron binds
+`torch.cuda` names when its modules load, so the order matters. With a GPU the adapter module is not
+even imported.
+"""
+
+import logging
+import os
+import warnings
+
+import torch
+
+# Megatron warns once per optional kernel library that is absent; which layers run is said in one line by
+# `runtime.describe`.
+warnings.filterwarnings("ignore", module=r"megatron\..*")
+warnings.filterwarnings("ignore", message=r".*(Transformer Engine|Apex|apex).*")
+logging.getLogger("megatron").setLevel(logging.ERROR)
+
+HAS_GPU = torch.cuda.is_available() and os.environ.get("NRT_DEVICE", "") != "cpu"
+
+if not HAS_GPU:
+    from nrt_megatron.mcore import cpu
+
+    cpu.install()

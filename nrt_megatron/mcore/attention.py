@@ -1,0 +1,91 @@
+"""Core attention on torch's `scaled_dot_product_attention`, for layer specs, and the masks it takes.
+
+Megatron's local `DotProductAttention` materialises [b, n, s, s] scores and knows causal masks and padding
+only; rollout and scoring need "this row has 3 padding columns and its cache ends at 17", and packing needs
+trees. Transformer Engine's module takes arbitrary masks in its unfused path alone. So one module serves
+training, rollout and scoring, and the sampler's log-probs are the trainer's to rounding.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+
+class SDPACoreAttention(MegatronModule):
+    """Drop-in for Megatron's `core_attention` modules (same constructor, same layouts).
+
+    With an `attention_mask` (bool [b, 1, sq, sk], True = hidden, Megatron's convention) exactly that mask
+    acts. Without one attention is causal within the sliding window of the config, if any.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ):
+        super().__init__(config=config)
+        assert not config.attention_dropout and not attention_dropout, "dropout would part sampler and trainer"
+        assert config.context_parallel_size == 1, "context parallelism needs Transformer Engine's attention"
+        self.softmax_scale = softmax_scale
+        self.window = config.window_size[0] + 1 if config.window_size else None
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: None = None,
+    ) -> Tensor:
+        """query [sq, b, heads, d], key and value [sk, b, kv_heads, d] -> [sq, b, heads * d]."""
+        assert attention_bias is None and packed_seq_params is None
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, heads, s, d]
+        if attention_mask is None and self.window and k.size(2) > self.window:
+            rows = torch.arange(k.size(2), device=k.device)[None]
+            attention_mask = hidden_columns(rows, rows, window=self.window)
+        out = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=None if attention_mask is None else ~attention_mask,
+            is_causal=attention_mask is None and q.size(2) > 1,
+            scale=self.softmax_scale,
+            enable_gqa=q.size(1) != k.size(1),
+        )
+        return out.permute(2, 0, 1, 3).flatten(2)  # [sq, b, heads * d]
+
+
+def hidden_columns(
+    query_positions: Tensor, key_positions: Tensor, key_exists: Tensor | None = None, window: int | None = None
+) -> Tensor:
+    """Mask of what a query may not see: bool [b, 1, sq, sk], True = hidden.
+
+    query_positions [b, sq], key_positions [b, sk]: position of each token in its own sequence.
+    key_exists bool [b, sk]: False for padding and stale cache columns. window: a key further back than
+    this many positions (the query itself counted) is hidden, as in Mistral.
+    A query that may see nothing (padding) is given its first column, so that no softmax is 0/0; its output
+    is never read.
+    """
+    distance = query_positions[:, :, None] - key_positions[:, None, :]  # [b, sq, sk]
+    hidden = distance < 0
+    if window is not None:
+        hidden |= distance >= window
+    if key_exists is not None:
+        hidden |= ~key_exists[:, None, :]
+    blind = hidden.all(dim=-1)
+    hidden[..., 0] &= ~blind
+    return hidden[:, None]
