@@ -32,12 +32,14 @@ _FIXED: dict[str, tuple[Any, str]] = {
 }
 
 
-_LLAMA3_ROPE: dict[str, type] = {
-    "factor": float,
-    "low_freq_factor": float,
-    "high_freq_factor": float,
-    "original_max_position_embeddings": int,
-}
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3.1's stretched frequencies (`rope_type: llama3`)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
 
 
 @dataclass(frozen=True)
@@ -58,9 +60,7 @@ class ModelShape:
     """Rows of the embedding, before any padding for tensor parallelism."""
     max_position_embeddings: int
     rotary_base: float
-    rope_scaling: Optional[dict[str, float]]
-    """Llama 3.1's stretched frequencies (`rope_type: llama3`): factor, low_freq_factor, high_freq_factor,
-    original_max_position_embeddings; None: plain RoPE."""
+    rope_scaling: Optional[RopeScaling]
     layernorm_epsilon: float
     tie_word_embeddings: bool
     sliding_window: Optional[int]
@@ -155,7 +155,7 @@ def _hf_entries(name: str, value: Any, config: Mapping[str, Any]) -> dict[str, A
     if name == "dtype":
         return {("dtype" if "dtype" in config else "torch_dtype"): value}
     if name == "rope_scaling":
-        return {name: value and {"rope_type": "llama3", **value}}
+        return {name: value and {"rope_type": "llama3", **vars(value)}}
     return {_HF_KEYS.get(name, name): value}
 
 
@@ -181,7 +181,7 @@ def _integer(config: Mapping[str, Any], key: str, default: Optional[int] = None)
     return value
 
 
-def _rope(config: Mapping[str, Any]) -> tuple[float, Optional[dict[str, float]]]:
+def _rope(config: Mapping[str, Any]) -> tuple[float, Optional[RopeScaling]]:
     """Base and scaling, in the spelling of transformers 4 (`rope_theta`, `rope_scaling`) or 5 (`rope_parameters`)."""
     parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
     key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
@@ -191,10 +191,15 @@ def _rope(config: Mapping[str, Any]) -> tuple[float, Optional[dict[str, float]]]
         return base, None
     if kind != "llama3":
         raise ConfigError(f"{key}.rope_type: {kind!r} is not supported; use default or llama3")
-    absent = [name for name in _LLAMA3_ROPE if parameters.get(name) is None]
+    absent = [item.name for item in fields(RopeScaling) if parameters.get(item.name) is None]
     if absent:
         raise ConfigError(f"{key}.{absent[0]}: missing; rope_type llama3 needs it")
-    return base, {name: convert(parameters[name]) for name, convert in _LLAMA3_ROPE.items()}
+    return base, RopeScaling(
+        factor=float(parameters["factor"]),
+        low_freq_factor=float(parameters["low_freq_factor"]),
+        high_freq_factor=float(parameters["high_freq_factor"]),
+        original_max_position_embeddings=int(parameters["original_max_position_embeddings"]),
+    )
 
 
 def _dtype(config: Mapping[str, Any]) -> str:
