@@ -1,0 +1,34 @@
+"""The one error type for mistakes of the user."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_LONGEST_VALUE = 100  # characters of a value shown in a message
+
+
+class ConfigError(ValueError):
+    """The recipe, or a file it names, cannot be used as it is; the message says what to set instead.
+
+    Shown as it is on stderr, without a traceback, with exit code 2: one or two lines that name the key, its
+    value and the remedy. `ConfigError.at` puts these three in order.
+    """
+
+    @classmethod
+    def at(cls, key: str, value: Any, problem: str, remedy: str) -> ConfigError:
+        """`KEY = VALUE: PROBLEM; REMEDY`, the value shortened to 100 characters."""
+        return cls(f"{key} = {show(value)}: {problem}; {remedy}")
+
+
+class MissingFileError(ConfigError):
+    """A file or directory that the recipe names is not there."""
+
+
+def show(value: Any) -> str:
+    """A value on one line as a recipe would write it: `null`, `true`, 'text', 3, shortened to 100 characters."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    text = repr(value)
+    return text if len(text) <= _LONGEST_VALUE else text[: _LONGEST_VALUE - 3] + "..."
