@@ -93,7 +93,8 @@ def _patch_cuda() -> None:
     # Random states: Megatron's tracker saves and restores "the" CUDA generator; here it is the CPU one.
     cuda._lazy_call = lambda callback, **kwargs: callback()
     cuda.default_generators = {CPU: torch.default_generator}
-    cuda.manual_seed = cuda.manual_seed_all = lambda seed: torch.manual_seed(seed) and None
+    cuda.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)
+    cuda.manual_seed_all = lambda seed: None  # torch.manual_seed calls it, having seeded the CPU itself
     for namespace in (cuda, cuda.random):
         namespace.get_rng_state = lambda device=None: torch.get_rng_state()
         namespace.set_rng_state = lambda state, device=None: torch.set_rng_state(state)

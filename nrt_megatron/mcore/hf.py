@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Optional
+from typing import Optional, Union
 
 import torch
 from torch import Tensor
@@ -13,7 +13,11 @@ from nrt_megatron.convert import names
 from nrt_megatron.convert.config import ModelShape
 from nrt_megatron.convert.layout import read_shard
 from nrt_megatron.convert.safetensors_io import HFWeights
+from nrt_megatron.convert.seeded import SeededWeights
 from nrt_megatron.convert.vocabulary import NewTokens, read_rows
+
+WeightSource = Union[str, Path, HFWeights, SeededWeights]
+"""A Hugging Face directory, or something that reads like one."""
 
 
 def global_parameters(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
@@ -31,20 +35,20 @@ def global_parameters(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Pa
 def load_hf_weights(
     model_chunks: Sequence[torch.nn.Module],
     shape: ModelShape,
-    hf_dir: str | Path,
+    source: WeightSource,
     tp_rank: int,
     tp_size: int,
     *,
     new_token_init: Optional[NewTokens] = None,
 ) -> None:
-    """Fills the parameters of unwrapped GPTModels in place from a Hugging Face directory.
+    """Fills the parameters of unwrapped GPTModels in place from Hugging Face tensors.
 
     Works for either layer spec at any tensor, pipeline and virtual pipeline size; values are cast to each
-    parameter's dtype. `shape` is the directory's own (its vocabulary as stored); rows of the model beyond it
+    parameter's dtype. `shape` is the source's own (its vocabulary as stored); rows of the model beyond it
     and not in `new_token_init` are padding and become zero. Raises ConfigError when the files do not fit
     `shape`; asserts that every parameter has an entry in the table and the shape the table says.
     """
-    weights = HFWeights(hf_dir)
+    weights = HFWeights(source) if isinstance(source, (str, Path)) else source
     weights.check(shape)
     table = names.by_name(shape)
     rows = new_token_init.vocab_size(shape.vocab_size) if new_token_init else shape.vocab_size

@@ -15,6 +15,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from nrt_megatron.convert.config import RopeScaling
 from nrt_megatron.mcore.attention import SDPACoreAttention
 
 
@@ -37,17 +38,25 @@ class RowRotaryEmbedding(RotaryEmbedding):
     cache, the branches of a packed tree); Megatron's own module knows one range for the whole batch.
     """
 
-    def __init__(self, *, kv_channels: int, rotary_base: float, scaling: dict | None, device: torch.device, cp_group):
+    def __init__(
+        self,
+        *,
+        kv_channels: int,
+        rotary_base: float,
+        scaling: RopeScaling | None,
+        device: torch.device,
+        cp_group: torch.distributed.ProcessGroup | None,
+    ):
         super().__init__(
             kv_channels, 1.0, rotary_base=rotary_base, use_cpu_initialization=device.type != "cuda", cp_group=cp_group
         )
         if scaling is not None:
             self.inv_freq = self._apply_scaling(
                 self.inv_freq,
-                factor=scaling["factor"],
-                low_freq_factor=scaling["low_freq_factor"],
-                high_freq_factor=scaling["high_freq_factor"],
-                original_max_position_embeddings=scaling["original_max_position_embeddings"],
+                factor=scaling.factor,
+                low_freq_factor=scaling.low_freq_factor,
+                high_freq_factor=scaling.high_freq_factor,
+                original_max_position_embeddings=scaling.original_max_position_embeddings,
             )
         self.inv_freq = self.inv_freq.to(device)
         self.position_ids: Tensor | None = None

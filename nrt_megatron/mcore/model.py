@@ -172,6 +172,7 @@ def transformer_config(shape: ModelShape, cfg: Megatron, **overrides) -> Transfo
                 recompute_method=cfg.recompute_method,
                 recompute_num_layers=cfg.recompute_num_layers,
                 variable_seq_lengths=True,  # micro-batches are as long as their longest sequence
+                moe_token_dispatcher_type="alltoall",  # no experts here, but the default refuses the line above
                 batch_p2p_comm=False,
                 calculate_per_token_loss=True,  # (sum, count): the loss is divided in one place
                 perform_initialization=False,  # weights come from a checkpoint or from seeded_weights

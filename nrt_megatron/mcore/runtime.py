@@ -52,13 +52,8 @@ class Runtime:
     @property
     def sampling_rank(self) -> int:
         """Global rank that draws tokens for this model replica: tensor rank 0 of the last stage."""
-        return dist.get_global_rank(parallel_state.get_model_parallel_group(), self._model_parallel_index())
-
-    def _model_parallel_index(self) -> int:
-        members = dist.get_process_group_ranks(parallel_state.get_model_parallel_group())
         last = dist.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group())[-1]
-        first_tp = last - self.tp_rank  # tensor ranks are neighbours in Megatron's order tp-cp-ep-dp-pp
-        return members.index(first_tp)
+        return last - self.tp_rank  # tensor ranks are neighbours in Megatron's order tp-cp-ep-dp-pp
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:

@@ -1,0 +1,97 @@
+"""What a generator is asked for, and what it gives back. Ids and tensors; no text, no model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Optional, Protocol
+
+import torch
+from torch import Tensor
+
+MARKER, EOS, LENGTH = 0, 1, 2
+"""How a trace ended: the policy drew the marker, drew an end token, or reached the limit."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """G prompts to sample K traces for, and the answers to score after each trace and without one."""
+
+    prompts: list[tuple[int, ...]]
+    indices: list[int]
+    """Prompt indices; with the step they fix the randomness of the traces."""
+    num_generations: int
+    """K"""
+    max_new_tokens: int
+    """Trace limit, marker excluded; 0 scores or continues the empty trace."""
+    step: int = 0
+    answers: Optional[list[tuple[int, ...]]] = None
+    """Reference answers to teacher-force after each trace; None: sample only."""
+    baseline: bool = True
+    """Also score the answers after the empty trace."""
+    greedy: bool = False
+
+    def subset(self, groups: list[int]) -> Request:
+        """The request for some of the prompts."""
+        return Request(
+            prompts=[self.prompts[g] for g in groups],
+            indices=[self.indices[g] for g in groups],
+            num_generations=self.num_generations,
+            max_new_tokens=self.max_new_tokens,
+            step=self.step,
+            answers=None if self.answers is None else [self.answers[g] for g in groups],
+            baseline=self.baseline,
+            greedy=self.greedy,
+        )
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Traces of G prompts, K each; at most L tokens. Log-probs are float32, natural, 0 in the padding."""
+
+    trace_ids: Tensor
+    """int64 [G, K, L]: as sampled, without marker and end token; -1 in the padding"""
+    trace_log_probs: Tensor
+    """[G, K, L], at the sampling temperature, before top-k and top-p"""
+    trace_entropies: Tensor
+    """[G, K, L], nats"""
+    trace_lengths: Tensor
+    """int64 [G, K]"""
+    finish: Tensor
+    """int64 [G, K]: MARKER, EOS or LENGTH"""
+    stop_ids: Tensor
+    """int64 [G, K]: last token drawn (the end token where finish is EOS)"""
+    stop_log_probs: Tensor
+    """[G, K]"""
+    marker_log_probs: Tensor
+    """[G, K, M]: the sampler's where the policy drew the marker, else of the forced marker"""
+    answer_log_probs: Tensor
+    """[G, K, A]: log c_i; A is 0 when nothing was scored"""
+    baseline_log_probs: Tensor
+    """[G, A]: log b_i"""
+    num_forward_tokens: int = 0
+    """Tokens that went through the model for sampling."""
+    num_scored_tokens: int = 0
+
+    @staticmethod
+    def concatenate(parts: list[Generated], order: Tensor) -> Generated:
+        """Joins parts along the prompts, padding their last dimension alike, and reorders the prompts."""
+        joined = {}
+        for field in fields(Generated):
+            values = [getattr(p, field.name) for p in parts]
+            if isinstance(values[0], int):
+                joined[field.name] = sum(values)
+                continue
+            if values[0].dim() == 3 or field.name == "baseline_log_probs":
+                fill = -1 if field.name == "trace_ids" else 0
+                width = max(v.size(-1) for v in values)
+                values = [torch.nn.functional.pad(v, (0, width - v.size(-1)), value=fill) for v in values]
+            joined[field.name] = torch.cat(values)[order.to(values[0].device)]
+        return Generated(**joined)
+
+
+class Generator(Protocol):
+    """Anything that samples traces from the current policy and scores answers after them."""
+
+    def generate(self, request: Request) -> Generated:
+        """Every rank of a model replica calls it with the same request and gets the same result."""
+        ...

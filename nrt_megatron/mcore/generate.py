@@ -1,0 +1,253 @@
+"""Rollout on the training weights: K traces per prompt, and the answers scored on the traces' own cache.
+
+The prompt is prefilled once per group and its cache spread over the K traces. When traces end, marker and
+answer are teacher-forced on what their cache already holds, so that c_i cost one short forward and b_i one
+more on the prompt's cache; then the ended rows leave the batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from torch import Tensor
+
+from nrt_megatron.data.batch import pad
+from nrt_megatron.data.traces import EOS, LENGTH, MARKER, Generated, Request
+from nrt_megatron.mcore.kv_cache import KVCache, inference_mode
+from nrt_megatron.mcore.model import PolicyModel, ScoredTokens
+from nrt_megatron.mcore.runtime import Runtime
+from nrt_megatron.mcore.sampling import draw, uniforms
+from nrt_megatron.recipe import Generation
+
+COMPACT_SHARE = 0.25
+"""Ended rows leave the batch when they are this share of it: each departure costs a copy of the cache."""
+
+
+class MegatronGenerator:
+    """Implements `rollout.Generator` on model chunks of any tensor and pipeline layout."""
+
+    def __init__(self, runtime: Runtime, chunks: list[PolicyModel], cfg: Generation, *, marker_ids: tuple[int, ...],
+                 stop_ids: tuple[int, ...], vocab_size: int, seed: int):  # fmt: skip
+        self.runtime, self.chunks, self.cfg, self.seed = runtime, chunks, cfg, seed
+        self.marker = torch.tensor(marker_ids, device=runtime.device)
+        self.stop = torch.tensor(sorted(set(stop_ids) - set(marker_ids)), device=runtime.device)
+        self.vocab_size = vocab_size
+
+    def generate(self, request: Request) -> Generated:
+        """Traces for every prompt of the request, in its order; the same on all ranks of a model replica."""
+        groups = max(1, self.cfg.max_batch_size // request.num_generations)
+        lengths = torch.tensor([len(p) for p in request.prompts])
+        # Prompts of similar length together: columns are shared, so a short prompt is padded to the longest.
+        order = lengths.argsort(stable=True)
+        parts = []
+        with inference_mode(self.chunks):
+            for part in order.split(groups):
+                parts.append(_Batch(self, request.subset(part.tolist())).run())
+        return Generated.concatenate(parts, order.argsort())
+
+
+class _Batch:
+    """The decoding of one batch of groups that share a cache."""
+
+    def __init__(self, owner: MegatronGenerator, request: Request):
+        self.owner, self.request = owner, request
+        device = owner.runtime.device
+        self.K, self.G = request.num_generations, len(request.prompts)
+        self.rows = self.G * self.K
+        self.limit, self.M = request.max_new_tokens, len(owner.marker)
+        prompts, lengths = pad(request.prompts, left=True)
+        self.prompts, self.prompt_lengths = prompts.to(device), lengths.to(device)  # [G, P], [G]
+        scoring = request.answers is not None
+        answers, answer_lengths = pad(request.answers if scoring else [()] * self.G)
+        self.answers, self.answer_lengths = answers.to(device), answer_lengths.to(device)  # [G, A], [G]
+        self.A = self.answers.size(1)
+        columns = self.prompts.size(1) + self.limit + 1 + self.M + self.A
+        self.cache = KVCache(owner.chunks, self.rows, columns)
+
+        def empty(*shape, fill=0.0, dtype=torch.float32):
+            return torch.full(shape, fill, dtype=dtype, device=device)
+
+        self.ids = empty(self.rows, self.limit + self.M, fill=-1, dtype=torch.int64)
+        self.log_probs, self.entropies = empty(*self.ids.shape), empty(*self.ids.shape)
+        self.finish = empty(self.rows, fill=-1, dtype=torch.int64)
+        self.drawn = empty(self.rows, fill=0, dtype=torch.int64)
+        """Tokens drawn per row, marker and end token included."""
+        self.marker_log_probs = empty(self.rows, self.M)
+        self.answer_log_probs = empty(self.rows, self.A)
+        self.baseline = empty(self.G, self.A)
+        self.decoded_rows = 0
+        self.draws_here = owner.runtime.rank == owner.runtime.sampling_rank
+        greedy = owner.cfg.temperature == 0 or request.greedy
+        self.uniform = None
+        if self.draws_here and not greedy:
+            self.uniform = uniforms(owner.seed, request.step, request.indices, self.K, self.ids.size(1)).flatten(0, 1)
+            self.uniform = self.uniform.to(device)  # [G * K, T]
+
+    def run(self) -> Generated:
+        logits = self._prefill()
+        active = torch.arange(self.rows, device=self.finish.device)  # cache row -> trace
+        for step in range(self.limit + self.M):
+            tokens = self._draw(logits, active, step)
+            self._finish(tokens, active, step)
+            ended = self.finish[active] >= 0
+            num_ended = int(ended.sum())
+            if num_ended == len(active) or num_ended >= COMPACT_SHARE * len(active):
+                order = torch.cat([(~ended).nonzero()[:, 0], ended.nonzero()[:, 0]])
+                self.cache.select(order)
+                active, tokens = active[order], tokens[order]
+                left = len(active) - num_ended
+                self._score(active[left:], first_row=left)
+                active, tokens = active[:left], tokens[:left]
+            if not len(active):
+                break
+            group = active // self.K
+            self.decoded_rows += len(active)
+            logits = self.cache.forward(tokens[:, None], (self.prompt_lengths[group] + step)[:, None], None)
+        return self._collect()
+
+    def _prefill(self) -> Tensor | None:
+        """Feeds each prompt once, scores the baseline on it, and spreads its cache over the group."""
+        width = self.prompts.size(1)
+        columns = torch.arange(width, device=self.prompts.device)
+        positions = columns - (width - self.prompt_lengths)[:, None]  # [G, P]
+        padded = bool((self.prompt_lengths < width).any())
+        logits = self.cache.forward(self.prompts, positions.clamp(min=0), positions >= 0 if padded else None)
+        spread = torch.arange(self.rows, device=self.prompts.device) // self.K
+        if self.A and self.request.baseline:
+            self._score_baseline()
+        self.cache.select(spread)
+        return None if logits is None else logits[spread]
+
+    def _draw(self, logits: Tensor | None, active: Tensor, step: int) -> Tensor:
+        """One token per active row, drawn on one rank of the replica and told to the others."""
+        tokens = torch.empty(len(active), dtype=torch.int64, device=active.device)
+        if self.draws_here:
+            logits, cfg = logits[:, : self.owner.vocab_size], self.owner.cfg
+            uniform = None if self.uniform is None else self.uniform[active, step]
+            drawn = draw(logits, uniform, temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p)
+            tokens = drawn.tokens
+            running = active[self.finish[active] < 0]
+            kept = self.finish[active] < 0
+            self.log_probs[running, step] = drawn.log_probs[kept]
+            self.entropies[running, step] = drawn.entropies[kept]
+            if step <= self.limit:
+                # If the trace ends here without the marker, this is the forced marker's first log-prob.
+                first = torch.log_softmax(logits.float(), dim=-1)[:, self.owner.marker[0]]
+                self.marker_log_probs[running, 0] = first[kept]
+        runtime = self.owner.runtime
+        if runtime.tp_size * runtime.pp_size > 1:
+            dist.broadcast(tokens, runtime.sampling_rank, group=parallel_state.get_model_parallel_group())
+        return tokens
+
+    def _finish(self, tokens: Tensor, active: Tensor, step: int) -> None:
+        """Records the tokens of running rows and marks those that end: marker, end token or limit."""
+        kept = self.finish[active] < 0
+        running, new = active[kept], tokens[kept]
+        self.ids[running, step] = new
+        self.drawn[running] = step + 1
+        ends = torch.full_like(running, -1)
+        if step + 1 >= self.M:
+            tail = self.ids[running, step + 1 - self.M : step + 1]  # [n, M]
+            ends = torch.where((tail == self.owner.marker).all(-1), MARKER, ends)
+        ends = torch.where((ends < 0) & torch.isin(new, self.owner.stop), EOS, ends)
+        if step + 1 > self.limit:
+            # A trace of `limit` tokens may still be closed by the marker, but not go on.
+            ends = torch.where((ends < 0) & ~self._tail_opens_marker(running, step), LENGTH, ends)
+        self.finish[running] = ends
+
+    def _tail_opens_marker(self, rows: Tensor, step: int) -> Tensor:
+        """Whether what lies beyond the limit is, so far, the beginning of the marker; bool [n]."""
+        beyond = step + 1 - self.limit
+        if beyond >= self.M:
+            return torch.zeros_like(rows, dtype=torch.bool)
+        return (self.ids[rows, self.limit : step + 1] == self.owner.marker[:beyond]).all(-1)
+
+    def trace_lengths(self, rows: Tensor) -> Tensor:
+        """Tokens of each trace: without marker, end token and what was drawn beyond the limit; int64 [n]."""
+        drawn, finish = self.drawn[rows], self.finish[rows]
+        without = torch.where(finish == MARKER, self.M, (finish == EOS).long())
+        return (drawn - without).clamp(max=self.limit)
+
+    def _score(self, rows: Tensor, first_row: int) -> None:
+        """Teacher-forces marker and answer of the ended traces `rows`, which lie at first_row.. of the cache."""
+        if not self.A:
+            return
+        group, z = rows // self.K, self.trace_lengths(rows)
+        produced = self.finish[rows] == MARKER
+        # What the cache lacks: the marker's last token if it was drawn, else the whole marker. A trace cut at
+        # its limit also had a token drawn beyond it; that draw and its stale columns are dropped.
+        fed_marker = torch.where(produced, self.M - 1, 0)
+        known = self.prompt_lengths[group] + z + fed_marker
+        here = slice(first_row, first_row + len(rows))
+        used = self.cache.length
+        self.cache.exists[here, :used] &= self.cache.positions[here, :used] < known[:, None]
+        self._score_block(rows, first_row, known, fed_marker, self.answers[group], self.answer_lengths[group])
+
+    def _score_block(self, rows, first_row, known, fed_marker, answers, answer_lengths) -> None:
+        n = len(known)
+        # [marker (right-aligned where its head is cached) | answer without its last token]
+        tokens = torch.cat([self.owner.marker.expand(n, -1), answers[:, :-1]], dim=1)  # [n, M + A - 1]
+        columns = torch.arange(tokens.size(1), device=tokens.device)
+        offset = columns - fed_marker[:, None]  # distance from the first token that is new
+        exists = (offset >= 0) & (columns < self.M - 1 + answer_lengths[:, None])
+        labels = self._labels(tokens, answers)
+        output = self.cache.forward(
+            tokens, (known[:, None] + offset).clamp(min=0), exists, first_row=first_row, labels=labels, keep=False
+        )
+        if output is None:
+            return
+        scored = output[0].view(n, -1)  # [n, M - 1 + A]
+        if rows is None:
+            self.baseline = scored[:, self.M - 1 :]
+        else:
+            self.answer_log_probs[rows] = scored[:, self.M - 1 :]
+            self.marker_log_probs[rows, 1:] = scored[:, : self.M - 1]
+
+    def _labels(self, tokens: Tensor, answers: Tensor) -> ScoredTokens:
+        """Scores, at each column of the block, the token that follows: marker[1:], then the answer."""
+        n, width = tokens.shape
+        targets = torch.cat([tokens[:, 1 : self.M], answers], dim=1)  # [n, M - 1 + A]
+        assert targets.size(1) == width
+        flat = torch.arange(width, device=tokens.device) * n + torch.arange(n, device=tokens.device)[:, None]
+        return ScoredTokens(flat.flatten(), targets.flatten(), torch.ones(targets.numel(), device=tokens.device))
+
+    def _score_baseline(self) -> None:
+        """b_i: marker and answer straight after the prompt, once per group."""
+        self._score_block(None, 0, self.prompt_lengths, torch.zeros_like(self.prompt_lengths), self.answers,
+                          self.answer_lengths)  # fmt: skip
+
+    def _collect(self) -> Generated:
+        """Shares the sampling rank's numbers with its replica and shapes everything by group."""
+        rows = torch.arange(self.rows, device=self.finish.device)
+        runtime = self.owner.runtime
+        floats = [self.log_probs, self.entropies, self.marker_log_probs, self.answer_log_probs, self.baseline]
+        if runtime.tp_size * runtime.pp_size > 1:
+            flat = torch.cat([f.flatten() for f in floats])
+            dist.broadcast(flat, runtime.sampling_rank, group=parallel_state.get_model_parallel_group())
+            floats = [part.view_as(f) for f, part in zip(floats, flat.split([f.numel() for f in floats]))]
+        log_probs, entropies, marker, answer, baseline = floats
+        by_group = (self.G, self.K, -1)
+        traces, z = self.ids, self.trace_lengths(rows)
+        produced = self.finish == MARKER
+        columns = torch.arange(self.ids.size(1), device=rows.device)
+        # The log-probs of a marker that was drawn are the sampler's.
+        drawn_marker = log_probs.gather(1, (z[:, None] + columns[: self.M]).clamp(max=self.ids.size(1) - 1))
+        marker = torch.where(produced[:, None], drawn_marker, marker)
+        last = (self.drawn - 1).clamp(min=0)[:, None]
+        return Generated(
+            trace_ids=torch.where(columns < z[:, None], traces, -1)[:, : self.limit].view(by_group),
+            trace_log_probs=torch.where(columns < z[:, None], log_probs, 0.0)[:, : self.limit].view(by_group),
+            trace_entropies=torch.where(columns < z[:, None], entropies, 0.0)[:, : self.limit].view(by_group),
+            trace_lengths=z.view(self.G, self.K),
+            finish=self.finish.view(self.G, self.K),
+            stop_ids=self.ids.gather(1, last).view(self.G, self.K),
+            stop_log_probs=log_probs.gather(1, last).view(self.G, self.K),
+            marker_log_probs=marker.view(by_group),
+            answer_log_probs=answer.view(by_group),
+            baseline_log_probs=baseline,
+            num_forward_tokens=int(self.prompt_lengths.sum()) + self.decoded_rows,
+            num_scored_tokens=(self.rows + self.G) * (self.M + self.A) if self.A else 0,
+        )

@@ -1,0 +1,117 @@
+"""A forward through the whole pipeline on Megatron's static KV cache."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.inference.contexts import StaticInferenceContext
+from megatron.core.transformer.utils import set_model_to_sequence_parallel
+from torch import Tensor
+
+from nrt_megatron.mcore.attention import hidden_columns
+from nrt_megatron.mcore.model import PolicyModel, ScoredTokens
+
+
+@contextlib.contextmanager
+def inference_mode(chunks: list[PolicyModel]) -> Iterator[None]:
+    """Evaluation mode without gradients; sequence parallelism is off, since one token cannot be split."""
+    sequence_parallel = chunks[0].config.sequence_parallel
+    for chunk in chunks:
+        chunk.eval()
+        if sequence_parallel:
+            set_model_to_sequence_parallel(chunk, False)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for chunk in chunks:
+            chunk.train()
+            if sequence_parallel:
+                set_model_to_sequence_parallel(chunk, True)
+
+
+class KVCache:
+    """The cached prefix of n rows, and which of its columns each row may look at.
+
+    Rows share their columns (Megatron's static context has one length for the batch) but not their
+    positions: a short prompt is padded on the left, a dropped token leaves a hole. `positions` and `exists`
+    say, for each row and column, the token's position in its own sequence and whether there is one.
+    """
+
+    def __init__(self, chunks: list[PolicyModel], max_rows: int, max_columns: int):
+        self.chunks = chunks
+        self.context = StaticInferenceContext(max_rows, max_columns)
+        device = torch.device(torch.cuda.current_device())
+        self.positions = torch.zeros(max_rows, max_columns, dtype=torch.int64, device=device)
+        self.exists = torch.zeros(max_rows, max_columns, dtype=torch.bool, device=device)
+        self.length = 0
+        """Columns in use."""
+        self._ragged = False
+
+    def forward(
+        self, tokens: Tensor, positions: Tensor, exists: Tensor | None, *, first_row: int = 0, labels=None, keep=True
+    ) -> Tensor | None:
+        """Feeds tokens int64 [n, s] at `positions` [n, s] to rows first_row.. and appends them to the cache.
+
+        exists bool [n, s]: False for padding; None: all real. keep=False leaves the cache's length as it was
+        (its further columns are overwritten by the next call). Returns on the last stage: with `labels`
+        (ScoredTokens over these s columns) [2, n_scored], else logits [n, padded vocab] of the last column.
+        None elsewhere.
+        """
+        n, s = tokens.shape
+        start, end, rows = self.length, self.length + tokens.size(1), slice(first_row, first_row + n)
+        self.positions[rows, start:end] = positions
+        self.exists[rows, start:end] = True if exists is None else exists
+        if exists is not None and keep:
+            self._ragged = self._ragged or not bool(exists.all())
+        self.context.sequence_len_offset, self.context.batch_size_offset = start, first_row
+        ragged = self._ragged or exists is not None
+        window = self.chunks[0].config.window_size
+        mask = None
+        if ragged or window or (start > 0 and s > 1):
+            mask = hidden_columns(
+                positions, self.positions[rows, :end], self.exists[rows, :end], window[0] + 1 if window else None
+            )
+        output = self._through_pipeline(tokens, self.positions[rows, :end], mask, labels, shared_rows=not ragged)
+        if keep:
+            self.length = end
+        return output
+
+    def _through_pipeline(
+        self, tokens: Tensor, positions: Tensor, mask: Tensor | None, labels: ScoredTokens | None, shared_rows: bool
+    ) -> Tensor | None:
+        n, s = tokens.shape
+        output = None
+        for i, chunk in enumerate(self.chunks):
+            first, last = chunk.pre_process, chunk.post_process
+            if not first:
+                received = torch.empty(s, n, chunk.config.hidden_size, dtype=chunk.config.params_dtype,
+                                       device=tokens.device)  # fmt: skip
+                dist.recv(received, parallel_state.get_pipeline_model_parallel_prev_rank())
+                chunk.set_input_tensor(received)
+            output = chunk(
+                tokens,
+                positions,
+                mask,
+                labels=labels,
+                shared_rows=shared_rows,
+                inference_context=self.context,
+                runtime_gather_output=True,
+            )
+            if not last:
+                dist.send(output.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank())
+                output = None
+        return output if output is None or labels is not None else output[:, -1]
+
+    def select(self, order: Tensor) -> None:
+        """Reorders, repeats or drops rows: row i becomes old row order[i]."""
+        used = self.length
+        for keys, values in self.context.key_value_memory_dict.values():
+            keys[:used, : len(order)] = keys[:used, order]
+            values[:used, : len(order)] = values[:used, order]
+        self.positions[: len(order)] = self.positions[order]
+        self.exists[: len(order)] = self.exists[order]

@@ -1,0 +1,94 @@
+"""The only caller of Megatron's forward-backward schedules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from nrt_megatron.data.batch import MicroBatch
+from nrt_megatron.mcore.model import ScoredTokens, unwrap
+from nrt_megatron.objective.loss import LossOutput, TokenBatch
+
+LossFunction = Callable[[TokenBatch], LossOutput]
+
+
+@dataclass(frozen=True)
+class MicroBatchResult:
+    """What the last stage keeps of one micro-batch; log_probs and entropy are detached, float32 [n]."""
+
+    loss_sum: Tensor
+    metrics: dict[str, tuple[Tensor, Tensor]]
+    log_probs: Tensor
+    entropy: Tensor
+
+
+def _forward_step(loss_fn: LossFunction | None, device: torch.device):
+    """Megatron's `forward_step_func`: model output, and the function that makes (sum, count, log) of it."""
+
+    def step(batches: Iterator[MicroBatch], model: torch.nn.Module):
+        batch = next(batches).to(device)
+        output = model(
+            batch.tokens,
+            batch.position_ids,
+            batch.attention_mask,
+            labels=ScoredTokens(batch.sources, batch.targets, batch.scale),
+            shared_rows=batch.attention_mask is None,
+        )
+
+        def reduce(output: Tensor) -> tuple[Tensor, Tensor, MicroBatchResult]:
+            log_probs, entropy = output
+            count = torch.tensor(batch.num_sequences, dtype=torch.int, device=output.device)
+            if loss_fn is None:
+                zero = log_probs.sum() * 0
+                return zero, count, MicroBatchResult(zero, {}, log_probs.detach(), entropy.detach())
+            loss = loss_fn(
+                TokenBatch(
+                    log_probs=log_probs,
+                    old_log_probs=batch.old_log_probs,
+                    advantages=batch.advantages,
+                    token_signal=batch.token_signal,
+                    kind=batch.kind,
+                    sequence=batch.sequence,
+                    num_sequences=batch.num_sequences,
+                    entropy=entropy.detach(),
+                )
+            )
+            result = MicroBatchResult(loss.loss_sum.detach(), loss.metrics, log_probs.detach(), entropy.detach())
+            return loss.loss_sum, count, result
+
+        return output, reduce
+
+    return step
+
+
+def run(
+    chunks: list[DistributedDataParallel],
+    batches: list[MicroBatch],
+    loss_fn: LossFunction | None,
+    *,
+    device: torch.device,
+    forward_only: bool = False,
+) -> list[MicroBatchResult]:
+    """Runs all micro-batches through the pipeline; gradients end up reduced and divided by the number of
+    sequences of the global batch.
+
+    Every rank passes the same number of micro-batches. Returns one result per micro-batch on the last stage,
+    in order, and an empty list elsewhere. With `forward_only` (loss_fn may be None) no gradient is computed.
+    """
+    config = unwrap(chunks[0]).config
+    config.finalize_model_grads_func = finalize_model_grads
+    iterators = [iter(batches) for _ in chunks]
+    return get_forward_backward_func()(
+        forward_step_func=_forward_step(loss_fn, device),
+        data_iterator=iterators if len(chunks) > 1 else iterators[0],
+        model=chunks if len(chunks) > 1 else chunks[0],
+        num_microbatches=len(batches),
+        seq_length=max(b.tokens.size(1) for b in batches),
+        micro_batch_size=batches[0].tokens.size(0),
+        forward_only=forward_only,
+    )

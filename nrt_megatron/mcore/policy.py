@@ -1,0 +1,81 @@
+"""The policy a run trains: model chunks, optimizer and schedule, and one update on a mini-batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from nrt_megatron.convert.config import ModelShape
+from nrt_megatron.convert.vocabulary import NewTokens
+from nrt_megatron.data.batch import MicroBatch
+from nrt_megatron.mcore import pipeline
+from nrt_megatron.mcore.hf import WeightSource, load_hf_weights
+from nrt_megatron.mcore.model import PolicyModel, build_chunks, wrap_for_training
+from nrt_megatron.mcore.optim import build_optimizer, build_scheduler
+from nrt_megatron.mcore.runtime import Runtime
+from nrt_megatron.recipe import Policy as PolicyRecipe
+
+
+@dataclass(frozen=True)
+class Update:
+    """One optimizer update; `results` only on the last pipeline stage."""
+
+    results: list[pipeline.MicroBatchResult]
+    grad_norm: float
+    lr: float
+    applied: bool
+    """False when the gradient was not finite and the weights stayed as they were."""
+
+
+class MegatronPolicy:
+    """Weights, optimizer and schedule on one rank."""
+
+    def __init__(self, runtime: Runtime, recipe: PolicyRecipe, shape: ModelShape, num_updates: int):
+        self.runtime, self.recipe, self.shape = runtime, recipe, shape
+        self.chunks: list[PolicyModel] = build_chunks(shape, recipe.megatron_cfg)
+        self.num_updates = num_updates
+        self.ddp: list[DistributedDataParallel] = []
+        self.optimizer: MegatronOptimizer
+        self.scheduler: OptimizerParamScheduler
+
+    def load(self, source: WeightSource, shape: ModelShape, new_tokens: NewTokens | None = None) -> None:
+        """Fills the weights from Hugging Face tensors of `shape`, each rank its own slices.
+
+        To be called once, before `prepare_for_training`: the optimizer copies the weights it finds.
+        """
+        load_hf_weights(
+            self.chunks, shape, source, self.runtime.tp_rank, self.runtime.tp_size, new_token_init=new_tokens
+        )
+
+    def prepare_for_training(self) -> None:
+        """Wraps the filled model for data parallelism and builds optimizer and schedule."""
+        self.ddp = wrap_for_training(self.chunks, self.recipe.megatron_cfg)
+        self.optimizer = build_optimizer(self.ddp, self.recipe)
+        self.scheduler = build_scheduler(self.optimizer, self.recipe, self.num_updates)
+
+    def update(self, batches: list[MicroBatch], loss_fn: pipeline.LossFunction) -> Update:
+        """Forward and backward over this rank's micro-batches of one mini-batch, then one optimizer step.
+
+        Every data-parallel rank passes the same number of micro-batches of the same size.
+        """
+        for chunk in self.ddp:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        results = pipeline.run(self.ddp, batches, loss_fn, device=self.runtime.device)
+        self.scheduler.step(1)
+        applied, grad_norm, _ = self.optimizer.step()
+        return Update(
+            results=results,
+            grad_norm=float(grad_norm),
+            lr=self.optimizer.param_groups[0]["lr"],
+            applied=bool(applied),
+        )
+
+    @torch.no_grad()
+    def log_probs(self, batches: list[MicroBatch]) -> list[pipeline.MicroBatchResult]:
+        """Log-probs and entropies of the scored tokens by a full forward; on the last stage only."""
+        return pipeline.run(self.ddp, batches, None, device=self.runtime.device, forward_only=True)
