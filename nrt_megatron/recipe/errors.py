@@ -25,7 +25,7 @@ class MissingFileError(ConfigError):
 
 
 def show(value: Any) -> str:
-    """A value on one line as a recipe would write it: `null`, `true`, 'text', 3, shortened to 100 characters."""
+    """A value on one line, as a recipe would write it and shortened to 100 characters."""
     if value is None:
         return "null"
     if isinstance(value, bool):

@@ -42,7 +42,7 @@ def wanted(key: str) -> str:
 
 
 def check_keys(layer: dict[str, Any], source: str) -> dict[str, Any]:
-    """Returns `layer` without empty sections; raises ConfigError on an unknown key or a section that is none."""
+    """Returns `layer` without empty sections. Raises ConfigError on an unknown key or a value for a section."""
     return _check_section(layer, Recipe, "", source)
 
 
@@ -58,14 +58,16 @@ def _check_section(node: dict[str, Any], section: type, prefix: str, source: str
                 continue
             if not isinstance(value, dict):
                 keys = ", ".join(typing.get_type_hints(hints[name]))
-                raise ConfigError.at(key, value, f"{key} is a section ({source})", f"set keys inside it: {keys}")
+                raise ConfigError.at(
+                    key, value, f"{key} is a section ({source})", f"set keys inside it: {keys}"
+                )
             value = _check_section(value, hints[name], f"{key}.", source)
         result[name] = value
     return result
 
 
 def _unknown(key: str, value: Any, siblings: list[str], prefix: str, source: str) -> ConfigError:
-    """Near names of the same section first; then keys of that name, or a near one, elsewhere in the recipe."""
+    """Near names of the same section first, then that name elsewhere, then names near it elsewhere."""
     name = key[len(prefix) :]
     near = [prefix + match for match in difflib.get_close_matches(name, siblings, n=3)]
     elsewhere = {leaf.rpartition(".")[2]: leaf for leaf in leaf_types()}

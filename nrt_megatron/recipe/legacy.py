@@ -29,7 +29,13 @@ RENAMED: dict[str, str] = {
 }
 """Old key to new key; the sections `trainer`, `model` and `exp_manager` hold nothing else."""
 
-_PRECISIONS: dict[str, bool] = {"bf16": True, "bf16-mixed": True, "bf16-true": True, "32": False, "32-true": False}
+_PRECISIONS: dict[str, bool] = {
+    "bf16": True,
+    "bf16-mixed": True,
+    "bf16-true": True,
+    "32": False,
+    "32-true": False,
+}
 
 
 def translate(layer: dict[str, Any], source: str, notify: Callable[[str], None]) -> dict[str, Any]:
@@ -57,7 +63,9 @@ def translate(layer: dict[str, Any], source: str, notify: Callable[[str], None])
 def _precision(value: Any) -> bool:
     if str(value) not in _PRECISIONS:
         choices = ", ".join(_PRECISIONS)
-        raise ConfigError.at("trainer.precision", value, f"not one of {choices}", "set policy.megatron_cfg.bf16 instead")
+        raise ConfigError.at(
+            "trainer.precision", value, f"not one of {choices}", "set policy.megatron_cfg.bf16 instead"
+        )
     return _PRECISIONS[str(value)]
 
 

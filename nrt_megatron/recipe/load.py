@@ -78,7 +78,9 @@ def _read_chain(path: Path, parents: tuple[Path, ...]) -> list[Layer]:
     resolved = path.resolve()
     if resolved in parents:
         chain = " -> ".join(parent.name for parent in (*parents[parents.index(resolved) :], resolved))
-        raise ConfigError.at("defaults", parents[-1].name, f"files inherit in a circle: {chain}", "remove one of them")
+        raise ConfigError.at(
+            "defaults", parents[-1].name, f"files inherit in a circle: {chain}", "remove one of them"
+        )
     layer = _parse(_read_text(path, parents), str(path))
     defaults = layer.pop("defaults", None)
     names = [defaults] if isinstance(defaults, str) else defaults or []
@@ -101,7 +103,9 @@ def _read_text(path: Path, parents: tuple[Path, ...]) -> str:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{what}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
     except OSError as error:
-        raise ConfigError(f"{what}: cannot be read ({error.strerror}); give the path of a YAML file") from None
+        raise ConfigError(
+            f"{what}: cannot be read ({error.strerror}); give the path of a YAML file"
+        ) from None
 
 
 def _parse(text: str, source: str) -> dict[str, Any]:
@@ -130,7 +134,9 @@ def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals or not key.strip():
-            hint = "give overlay files with --config" if text.endswith((".yaml", ".yml")) else "write key=value"
+            hint = (
+                "give overlay files with --config" if text.endswith((".yaml", ".yml")) else "write key=value"
+            )
             raise ConfigError(f"{text!r}: not an override; {hint}, e.g. nrt.seed=7")
         try:
             parsed = OmegaConf.merge(OmegaConf.create(layer), OmegaConf.from_dotlist([text]))

@@ -1,7 +1,7 @@
 """Every recipe key, its type and its default, in one place.
 
-Sections follow NeMo-RL's recipes; fields under ``policy.megatron_cfg`` carry Megatron-Core's own
-names. A default lives here and nowhere else. The classes are frozen: a run's recipe never changes.
+Sections follow NeMo-RL's recipes; `policy.megatron_cfg` carries Megatron-Core's own names. A default lives here
+and nowhere else; what a value may be is in `limits.py`. The classes are frozen: a run's recipe never changes.
 """
 
 from __future__ import annotations
@@ -9,8 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
-MISSING = "???"
-"""OmegaConf's mark of a key that every recipe must set."""
+MISSING = "???"  # OmegaConf's mark of a key that every recipe must set
 
 
 @dataclass(frozen=True)
@@ -26,10 +25,10 @@ class NRT:
     seed: int = 1234
     """Seed of weights, data order and sampling."""
     reward_scheme: str = "weighted_log_prob"
-    """`log_prob`, `prob`, `geometric_mean`, `arithmetic_mean`, `weighted_inverse_prob`,
-    `weighted_log_prob`, or `sft` (no trace, cross-entropy on the answer)."""
+    """`log_prob`, `prob`, `geometric_mean`, `arithmetic_mean`, `weighted_inverse_prob`, `weighted_log_prob`,
+    or `sft` (no trace, cross-entropy on the answer)."""
     preset: Optional[str] = None
-    """`reference` or `paper`: sets the objective fields below that the recipe does not set itself."""
+    """`reference` or `paper`: sets the objective fields below that no recipe file and no override sets."""
     center_reward_by: str = "mean"
     """`mean` of the group, or `none`."""
     scale_reward_by: str = "std"
@@ -37,16 +36,19 @@ class NRT:
     clip_to_baseline: bool = False
     """R' = max(0, R - f(b)): a trace is worth what it adds to the empty trace."""
     token_signal: str = "fixed"
-    """Weight of each answer token: `fixed` (1), `raw` (alpha_i c_i), `normalised` (raw, centred and scaled)."""
+    """Weight of an answer token: `fixed` (1), `raw` (alpha_i c_i), `normalised` (raw, centred and scaled)."""
     sequence_ratio: bool = False
-    """Multiply trace and token terms by the clamped sequence ratio r_k instead of per-token ratios (paper)."""
+    """One clamped ratio r_k per sequence on trace and token terms (paper), not per-token ratios on traces."""
     trace_loss_weight: float = 1.0
+    """Factor of the policy gradient on trace tokens."""
     format_loss_weight: float = 0.3
-    """Weight of the cross-entropy on marker tokens the policy did not produce."""
+    """Factor of the cross-entropy on marker tokens the policy did not produce."""
     token_loss_weight: float = 1.0
+    """Factor of the answer's likelihood term."""
     ratio_clip_min: float = 0.8
     """Lower bound of the clamped ratio (an absolute ratio, not an epsilon)."""
     ratio_clip_max: float = 1.28
+    """Upper bound of the clamped ratio."""
     ratio_drop_min: float = 0.8
     """A token with A < 0 and a ratio below this is dropped."""
     ratio_drop_max: float = 1.28
@@ -96,59 +98,89 @@ class Megatron:
     """Megatron-Core's own fields, under its own names."""
 
     tensor_model_parallel_size: int = 1
+    """Ranks that share each layer; divides attention heads, key-value heads and the MLP width."""
     pipeline_model_parallel_size: int = 1
+    """Stages of consecutive layers; divides the number of layers."""
     virtual_pipeline_model_parallel_size: Optional[int] = None
+    """Chunks of layers per stage (interleaved schedule); null: one."""
     context_parallel_size: int = 1
+    """Ranks that share each sequence; 1 is the one supported value."""
     sequence_parallel: bool = False
+    """Split norms and residuals over the tensor-parallel ranks."""
     transformer_impl: str = "auto"
     """`local`, `transformer_engine`, or `auto`: Transformer Engine where it is installed with a GPU."""
     bf16: bool = False
+    """Weights and activations in bfloat16, the optimizer's copy in float32. Else all in float32."""
     use_distributed_optimizer: bool = False
+    """Shard the optimizer state over the data-parallel ranks."""
     overlap_grad_reduce: bool = False
+    """Reduce gradients while the backward pass runs."""
     overlap_param_gather: bool = False
+    """Gather updated weights while the next forward pass runs; needs the two fields above."""
     recompute_granularity: Optional[str] = None
     """`full` or `selective` activation recomputation."""
     recompute_method: Optional[str] = None
+    """With `full`: `uniform` or `block`."""
     recompute_num_layers: Optional[int] = None
+    """With `full`: layers per recomputed unit (uniform), or recomputed layers per stage (block)."""
     make_vocab_size_divisible_by: int = 128
     """The vocabulary is padded to a multiple of this times the tensor-parallel size."""
     deterministic_mode: bool = True
+    """Deterministic kernels only: repeats are bit for bit equal."""
     distributed_timeout_minutes: float = 10.0
+    """A collective, or a phase of a step, that takes longer ends the run and names rank and phase."""
     logprob_chunk_size: int = 1024
     """Tokens per chunk of the output layer; bounds the log-prob workspace."""
 
 
 @dataclass(frozen=True)
 class SequencePacking:
+    """How the sequences of a group are laid out for the update."""
+
     enabled: bool = False
     """Pack the traces of a prompt behind one copy of the prompt (a tree with a block mask)."""
 
 
 @dataclass(frozen=True)
 class Generation:
+    """Sampling of traces."""
+
     max_new_tokens: int = 2048
     """Trace limit in tokens, marker excluded; a trace that reaches it is flagged as truncated."""
     temperature: float = 1.0
+    """Divides the logits before sampling."""
     top_p: float = 1.0
+    """Sample from the smallest set of tokens with this much probability; 1: off."""
     top_k: int = 0
-    """0: off."""
+    """Sample from this many most likely tokens; 0: off."""
     max_batch_size: int = 1024
     """Traces decoded together on one data-parallel rank; more are decoded in turn."""
 
 
 @dataclass(frozen=True)
 class Optimizer:
+    """AdamW."""
+
     lr: float = 2e-6
+    """Learning rate after the warm-up."""
     min_lr: float = 0.0
+    """Learning rate at the end of a decay."""
     weight_decay: float = 0.01
+    """Decoupled weight decay."""
     adam_beta1: float = 0.9
+    """Decay of the first moment."""
     adam_beta2: float = 0.95
+    """Decay of the second moment."""
     adam_eps: float = 1e-15
+    """Added to the root of the second moment."""
     clip_grad: float = 1.0
+    """Largest global gradient norm; 0: no clipping."""
 
 
 @dataclass(frozen=True)
 class Scheduler:
+    """Learning rate over the updates of the run."""
+
     lr_decay_style: str = "constant"
     """Megatron's: `constant`, `linear`, `cosine`."""
     lr_warmup_fraction: float = 0.1
@@ -157,10 +189,12 @@ class Scheduler:
 
 @dataclass(frozen=True)
 class Policy:
+    """The model, how it is cut, sampled and updated."""
+
     model: Model = field(default_factory=Model)
     tokenizer: Tokenizer = field(default_factory=Tokenizer)
     train_global_batch_size: int = 512
-    """Sequences (traces) per optimizer update; divides num_prompts_per_step * K."""
+    """Sequences per update: a multiple of K x data-parallel ranks that divides the step's sequences."""
     train_micro_batch_size: int = 1
     """Sequences per forward and backward on one data-parallel rank."""
     max_total_sequence_length: int = 8192
@@ -174,22 +208,28 @@ class Policy:
 
 @dataclass(frozen=True)
 class Data:
+    """Question-answer rows."""
+
     train: str = MISSING
-    """JSONL or Parquet file."""
+    """JSONL or Parquet file; a relative path starts in the working directory."""
     validation: Optional[str] = None
+    """Held-out rows in the same form; null: no evaluation."""
     question_key: str = "question"
+    """Field of a row with the question."""
     answer_key: str = "answer"
+    """Field of a row with the reference answer."""
     messages_key: str = "messages"
     """Chat rows: the last assistant message is the answer, everything before it the prompt."""
     prompt_template: Optional[str] = None
-    """`chat` (the tokenizer's template), or a text with `{question}`. Default: `chat` where the tokenizer
-    has a template, else `{question}`."""
+    """`chat` (the tokenizer's template), or a text with `{question}`. Default: `chat` if there is one."""
     max_prompt_tokens: Optional[int] = None
     """Longer prompts are dropped and counted. Default: what `max_total_sequence_length` leaves."""
     max_answer_tokens: Optional[int] = None
+    """Longer answers are dropped and counted. Default: what `max_total_sequence_length` leaves."""
     on_bad_row: str = "error"
     """`error`: refuse the file at its first malformed row; `drop`: drop such rows, counted."""
     shuffle: bool = True
+    """A new order every epoch, drawn from `nrt.seed`; else the file's order."""
 
 
 @dataclass(frozen=True)
@@ -199,14 +239,19 @@ class Evaluation:
     every: int = 0
     """Steps between evaluations; 0: only before the first and after the last step."""
     num_questions: int = 128
+    """The first so many rows of `data.validation`."""
     batch_size: int = 512
+    """Questions decoded together, over all data-parallel ranks."""
     max_answer_tokens: int = 64
+    """Limit of a generated answer, in tokens."""
     match: str = "exact"
-    """When a generated answer counts: `exact` (after stripping), `last_word`, or `after:TEXT` (what follows TEXT)."""
+    """What must equal the reference: `exact` (all, stripped), `last_word`, `after:TEXT` (what follows TEXT)."""
 
 
 @dataclass(frozen=True)
 class Checkpointing:
+    """Resumable checkpoints under `<run_dir>/checkpoints`."""
+
     every: int = 100
     """Steps between checkpoints; the last step is always saved."""
     keep_last: int = 2
@@ -215,19 +260,26 @@ class Checkpointing:
 
 @dataclass(frozen=True)
 class Logger:
+    """What a run writes besides metrics.jsonl."""
+
     tensorboard: bool = True
+    """The same metrics as TensorBoard events under `<run_dir>/tensorboard`."""
     samples_every: int = 10
     """Steps between entries of samples.jsonl; 0: none."""
     samples_num_prompts: int = 2
+    """Prompts per entry, each with all its traces."""
 
 
 @dataclass(frozen=True)
 class Cluster:
+    """Processes of the run. Under torchrun or srun their number must equal what is written here."""
+
     num_nodes: int = 1
+    """Machines; more than one needs torchrun or srun to start the ranks."""
     gpus_per_node: int = 8
-    """0: run on CPUs with gloo."""
+    """Ranks per node, one per GPU. 0: run on CPUs with gloo."""
     cpu_ranks: int = 1
-    """Processes where there is no GPU."""
+    """Ranks in all where `gpus_per_node` is 0."""
 
 
 @dataclass(frozen=True)
@@ -237,7 +289,7 @@ class Recipe:
     run_dir: Optional[str] = None
     """Default: `runs/<recipe name>`."""
     prepare: Optional[str] = None
-    """A built-in preparation run once before training: `tiny_sum` makes the quickstart's base model and data."""
+    """A built-in preparation run before training: `tiny_sum` makes the quickstart's base model and data."""
     nrt: NRT = field(default_factory=NRT)
     policy: Policy = field(default_factory=Policy)
     data: Data = field(default_factory=Data)

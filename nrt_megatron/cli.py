@@ -1,0 +1,154 @@
+"""The `nrt` command: parse, call, print. Rooms are imported inside the commands, so that help stays instant.
+
+A new command is a function here with a docstring, decorated with `@app.command()`, that imports what it calls.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import TYPE_CHECKING, Annotated, NoReturn, Optional
+
+import typer
+
+from nrt_megatron import __version__
+
+if TYPE_CHECKING:
+    from nrt_megatron.recipe import Recipe
+
+USER_MISTAKE = 2
+"""Exit code of whatever the user can put right; typer's own usage errors have it too."""
+
+app = typer.Typer(
+    name="nrt",
+    help="Native Reasoning Training on Megatron-Core.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"nrt-megatron {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and stop."),
+    ] = False,
+) -> None:
+    """Native Reasoning Training on Megatron-Core."""
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="YAML recipe of the run.")],
+    overrides: Annotated[
+        Optional[list[str]], typer.Argument(metavar="[KEY=VALUE]...", help="Dotted keys, e.g. nrt.seed=7.")
+    ] = None,
+    config: Annotated[
+        Optional[list[str]],
+        typer.Option("--config", metavar="OVERLAY", help="YAML laid over the recipe; repeatable."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and stop.")] = False,
+) -> None:
+    """Train a model, or continue the run in its run directory.
+
+    Starts its own ranks, one per GPU or cluster.cpu_ranks, and joins them where torchrun or srun has started them.
+    """
+    from nrt_megatron import launch
+    from nrt_megatron.recipe import check, load_recipe, print_notice
+
+    launch.adopt_slurm(os.environ)
+    speaks = launch.is_first_rank(os.environ)
+    try:
+        resolved = load_recipe(
+            recipe, config or [], overrides or [], print_notice if speaks else lambda _: None
+        )
+        check(resolved)
+        _check_preparation(resolved)
+        if dry_run:
+            _print_resolved(resolved)
+            return
+        launch.check_ranks(resolved, os.environ)
+        launch.prepare_environment(resolved, os.environ)
+        if speaks:
+            _prepare(resolved)
+        code = launch.run(resolved)
+    except ValueError as error:
+        _exit_silently_unless(speaks, error)
+        raise
+    raise typer.Exit(code)
+
+
+def _exit_silently_unless(speaks: bool, error: ValueError) -> None:
+    """Of all the ranks that find the same mistake, the first one says it."""
+    from nrt_megatron.recipe import ConfigError
+
+    if isinstance(error, ConfigError) and not speaks:
+        raise typer.Exit(USER_MISTAKE)
+
+
+def _check_preparation(recipe: Recipe) -> None:
+    from nrt_megatron.quickstart import PREPARATIONS
+    from nrt_megatron.recipe import ConfigError
+
+    if recipe.prepare is not None and recipe.prepare not in PREPARATIONS:
+        remedy = f"choose {', '.join(PREPARATIONS)} or null"
+        raise ConfigError.at("prepare", recipe.prepare, "unknown preparation", remedy)
+
+
+def _print_resolved(recipe: Recipe) -> None:
+    """The recipe on stdout; on stderr what a real run would miss here, unless a preparation is to make it."""
+    from nrt_megatron.recipe import MissingFileError, check_files, print_notice, to_yaml
+
+    try:
+        check_files(recipe)
+    except MissingFileError as error:
+        if recipe.prepare is None:
+            print_notice(f"not on this machine yet: {error}")
+    print(to_yaml(recipe), end="")
+
+
+def _prepare(recipe: Recipe) -> None:
+    """Everything that one process does before the ranks start: preparation, then the checks that read files."""
+    from nrt_megatron.preflight import preflight
+    from nrt_megatron.recipe import check_files, check_run_dir
+
+    check_run_dir(recipe)
+    if recipe.prepare is not None:
+        from nrt_megatron.quickstart import prepare
+
+        prepare(recipe.prepare)
+    check_files(recipe)
+    preflight(recipe)
+
+
+def _interrupted(signum: int, _frame: object) -> NoReturn:
+    raise SystemExit(128 + signum)
+
+
+def main() -> None:
+    """Entry point of `nrt`. Exit codes: 0, 1 (a failure), 2 (a mistake of the user), 128 + n (ended by signal n)."""
+    signal.signal(signal.SIGTERM, _interrupted)  # unwinds, so that temporary files go and ranks are ended
+    signal.signal(signal.SIGINT, _interrupted)
+    try:
+        app()
+    except ValueError as error:
+        from nrt_megatron.recipe import ConfigError
+
+        if not isinstance(error, ConfigError):
+            raise
+        print(f"nrt: {error}", file=sys.stderr)
+        sys.exit(USER_MISTAKE)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""Everything that can be wrong in a recipe by itself, found before a rank starts. Looks at no file."""
+
+from __future__ import annotations
+
+from nrt_megatron.recipe.errors import ConfigError
+from nrt_megatron.recipe.layout import check_batches, check_model_shape, check_ranks
+from nrt_megatron.recipe.limits import check_values
+from nrt_megatron.recipe.schema import Recipe
+
+
+def check(recipe: Recipe) -> None:
+    """Raises ConfigError for the first value that cannot work by itself or together with another.
+
+    Pure: a recipe for 128 GPUs can be checked on a laptop. Files are looked at by `check_files`.
+    """
+    check_values(recipe)
+    _check_model_source(recipe)
+    _check_megatron(recipe)
+    check_ranks(recipe)
+    if recipe.policy.model.config is not None:
+        check_model_shape(recipe, recipe.policy.model.config, "policy.model.config")
+    _check_objective(recipe)
+    check_batches(recipe)
+    _check_lengths(recipe)
+    _check_schedule(recipe)
+
+
+def _check_model_source(recipe: Recipe) -> None:
+    model, tokenizer = recipe.policy.model, recipe.policy.tokenizer
+    if model.path is None and model.config is None:
+        remedy = "set policy.model.path to a directory, or policy.model.config to a config.json inline"
+        raise ConfigError.at("policy.model.path", None, "no model is given", remedy)
+    if model.path is not None and model.config is not None:
+        problem = "given together with policy.model.config, which means random weights"
+        raise ConfigError.at("policy.model.path", model.path, problem, "set one of the two to null")
+    if tokenizer.path is None and model.path is None:
+        problem = "a model from policy.model.config brings no tokenizer"
+        raise ConfigError.at(
+            "policy.tokenizer.path", None, problem, "set a directory with tokenizer.json or tokenizer.model"
+        )
+
+
+def _check_megatron(recipe: Recipe) -> None:
+    cfg, prefix = recipe.policy.megatron_cfg, "policy.megatron_cfg."
+
+    def refuse(name: str, problem: str, remedy: str) -> None:
+        raise ConfigError.at(prefix + name, getattr(cfg, name), problem, remedy)
+
+    if cfg.sequence_parallel and cfg.tensor_model_parallel_size == 1:
+        refuse(
+            "sequence_parallel",
+            "there is one tensor-parallel rank",
+            "set it to false, or tensor_model_parallel_size to 2 or more",
+        )
+    if cfg.virtual_pipeline_model_parallel_size and cfg.pipeline_model_parallel_size == 1:
+        refuse(
+            "virtual_pipeline_model_parallel_size",
+            "there is one pipeline stage",
+            "set it to null, or pipeline_model_parallel_size to 2 or more",
+        )
+    if cfg.overlap_param_gather and not (cfg.use_distributed_optimizer and cfg.overlap_grad_reduce):
+        refuse(
+            "overlap_param_gather",
+            "needs the distributed optimizer and overlapped reduction",
+            f"set {prefix}use_distributed_optimizer and {prefix}overlap_grad_reduce to true",
+        )
+    if cfg.transformer_impl == "transformer_engine" and not recipe.cluster.gpus_per_node:
+        refuse(
+            "transformer_impl",
+            "Transformer Engine needs a GPU, and cluster.gpus_per_node is 0",
+            "set auto or local",
+        )
+    for name in ("recompute_method", "recompute_num_layers"):
+        if cfg.recompute_granularity == "full" and getattr(cfg, name) is None:
+            refuse(
+                name,
+                "recompute_granularity full needs it",
+                "set uniform and 1" if name.endswith("method") else "set 1",
+            )
+        if cfg.recompute_granularity != "full" and getattr(cfg, name) is not None:
+            refuse(
+                name,
+                "only recompute_granularity full has it",
+                f"set it to null, or {prefix}recompute_granularity to full",
+            )
+
+
+def _check_objective(recipe: Recipe) -> None:
+    nrt = recipe.nrt
+    if nrt.num_generations_per_prompt == 1 and nrt.scale_reward_by == "std" and nrt.reward_scheme != "sft":
+        problem = "one trace has no standard deviation (nrt.scale_reward_by = 'std')"
+        raise ConfigError.at(
+            "nrt.num_generations_per_prompt", 1, problem, "set 2 or more, or nrt.scale_reward_by=none"
+        )
+    for low, high in (("ratio_clip_min", "ratio_clip_max"), ("ratio_drop_min", "ratio_drop_max")):
+        if getattr(nrt, low) > getattr(nrt, high):
+            problem = f"above nrt.{high} = {getattr(nrt, high)}"
+            raise ConfigError.at(
+                f"nrt.{low}", getattr(nrt, low), problem, f"set at most {getattr(nrt, high)}"
+            )
+
+
+def _check_lengths(recipe: Recipe) -> None:
+    """A prompt, a whole trace, a marker and an answer of one token each must fit."""
+    total, trace = recipe.policy.max_total_sequence_length, recipe.policy.generation.max_new_tokens
+    trace = 0 if recipe.nrt.reward_scheme == "sft" else trace
+    if trace >= total:
+        problem = (
+            f"a trace of policy.generation.max_new_tokens = {trace} leaves no room for prompt and answer"
+        )
+        remedy = f"set more than {trace}, or policy.generation.max_new_tokens below {total}"
+        raise ConfigError.at("policy.max_total_sequence_length", total, problem, remedy)
+    for key, value in (
+        ("max_prompt_tokens", recipe.data.max_prompt_tokens),
+        ("max_answer_tokens", recipe.data.max_answer_tokens),
+    ):
+        if value is not None and value + trace >= total:
+            problem = f"with a trace of {trace} it fills policy.max_total_sequence_length = {total}"
+            remedy = (
+                f"set at most {total - trace - 1}"
+                if total - trace > 1
+                else f"set the total above {value + trace}"
+            )
+            raise ConfigError.at(f"data.{key}", value, problem, remedy)
+
+
+def _check_schedule(recipe: Recipe) -> None:
+    optimizer = recipe.policy.optimizer
+    if optimizer.min_lr > optimizer.lr:
+        problem = f"above policy.optimizer.lr = {optimizer.lr}"
+        raise ConfigError.at(
+            "policy.optimizer.min_lr", optimizer.min_lr, problem, f"set at most {optimizer.lr}"
+        )
+    if recipe.evaluation.every and recipe.data.validation is None:
+        problem = "there is nothing to evaluate on (data.validation is null)"
+        raise ConfigError.at(
+            "evaluation.every", recipe.evaluation.every, problem, "set data.validation, or evaluation.every=0"
+        )

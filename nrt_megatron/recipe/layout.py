@@ -1,0 +1,155 @@
+"""How a step is spread: ranks, data-parallel replicas, sequences, updates; and what must divide what."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from nrt_megatron.recipe.errors import ConfigError
+from nrt_megatron.recipe.schema import Recipe
+
+_TP = "policy.megatron_cfg.tensor_model_parallel_size"
+_PP = "policy.megatron_cfg.pipeline_model_parallel_size"
+_VPP = "policy.megatron_cfg.virtual_pipeline_model_parallel_size"
+
+
+def world_size(recipe: Recipe) -> int:
+    """Ranks of the whole run: nodes times GPUs, or `cluster.cpu_ranks` where `cluster.gpus_per_node` is 0."""
+    cluster = recipe.cluster
+    return cluster.num_nodes * cluster.gpus_per_node if cluster.gpus_per_node else cluster.cpu_ranks
+
+
+def model_parallel_size(recipe: Recipe) -> int:
+    """Ranks that hold one replica of the model: TP x PP x CP."""
+    cfg = recipe.policy.megatron_cfg
+    return cfg.tensor_model_parallel_size * cfg.pipeline_model_parallel_size * cfg.context_parallel_size
+
+
+def data_parallel_size(recipe: Recipe) -> int:
+    """Replicas of the model. Meaningful for a recipe that `check` accepts."""
+    return world_size(recipe) // model_parallel_size(recipe)
+
+
+def num_traces_per_prompt(recipe: Recipe) -> int:
+    """Sequences that one question becomes: K, or 1 for `sft`, which samples no trace."""
+    return 1 if recipe.nrt.reward_scheme == "sft" else recipe.nrt.num_generations_per_prompt
+
+
+def num_sequences_per_step(recipe: Recipe) -> int:
+    """Sequences trained on in one step, over all ranks."""
+    return recipe.nrt.num_prompts_per_step * num_traces_per_prompt(recipe)
+
+
+def num_updates_per_step(recipe: Recipe) -> int:
+    """Optimizer updates in one step: one per global batch."""
+    return num_sequences_per_step(recipe) // recipe.policy.train_global_batch_size
+
+
+def check_ranks(recipe: Recipe) -> None:
+    """Replicas must fill the ranks. Raises ConfigError."""
+    cfg, world, replica = recipe.policy.megatron_cfg, world_size(recipe), model_parallel_size(recipe)
+    if cfg.context_parallel_size > 1:
+        problem = "rollout and scoring hold whole sequences on a rank"
+        raise ConfigError.at(
+            "policy.megatron_cfg.context_parallel_size", cfg.context_parallel_size, problem, "set 1"
+        )
+    if world % replica:
+        tp, pp = cfg.tensor_model_parallel_size, cfg.pipeline_model_parallel_size
+        problem = f"{world} ranks cannot be split into replicas of TP {tp} x PP {pp} = {replica}"
+        key, value = _world_key(recipe)
+        near = sorted({max(world // replica, 1) * replica, (world // replica + 1) * replica})
+        fitting = [n for n in _divisors(world) if n <= tp] if pp == 1 else []
+        other = f", or {_TP} to {_listed(fitting)}" if fitting else ""
+        raise ConfigError.at(key, value, problem, f"set ranks in all to {_listed(near)}{other}")
+
+
+def _world_key(recipe: Recipe) -> tuple[str, Any]:
+    cluster = recipe.cluster
+    if not cluster.gpus_per_node:
+        return "cluster.cpu_ranks", cluster.cpu_ranks
+    if cluster.num_nodes == 1:
+        return "cluster.gpus_per_node", cluster.gpus_per_node
+    return "cluster.num_nodes x cluster.gpus_per_node", world_size(recipe)
+
+
+def check_batches(recipe: Recipe) -> None:
+    """Whole groups of K stay on one rank, and every update and micro-batch is full. Raises ConfigError."""
+    prompts, k = recipe.nrt.num_prompts_per_step, num_traces_per_prompt(recipe)
+    batch, micro = recipe.policy.train_global_batch_size, recipe.policy.train_micro_batch_size
+    dp, total = data_parallel_size(recipe), num_sequences_per_step(recipe)
+    if prompts % dp:
+        problem = f"cannot be dealt evenly to {dp} data-parallel ranks"
+        near = [n for n in (prompts // dp * dp, (prompts // dp + 1) * dp) if n]
+        raise ConfigError.at(
+            "nrt.num_prompts_per_step", prompts, problem, f"set a multiple of {dp}: {_listed(near)}"
+        )
+    if total % batch or batch % (k * dp):
+        whole = (
+            f"{prompts} prompts x {k} traces = {total} sequences a step"
+            if k > 1
+            else f"{total} prompts a step"
+        )
+        problem = (
+            f"{whole} do not fill whole updates of it"
+            if total % batch
+            else f"{dp} data-parallel ranks must each get whole groups of K = {k}"
+        )
+        valid = [k * dp * n for n in _divisors(prompts // dp) if k * n % micro == 0]
+        valid = valid or [k * dp * n for n in _divisors(prompts // dp)]
+        remedy = f"set {_listed(_nearest(valid, batch))}"
+        raise ConfigError.at("policy.train_global_batch_size", batch, problem, remedy)
+    if batch // dp % micro:
+        problem = (
+            f"does not divide the {batch // dp} sequences of an update on one of {dp} data-parallel ranks"
+        )
+        valid = _nearest(_divisors(batch // dp), micro)
+        raise ConfigError.at("policy.train_micro_batch_size", micro, problem, f"set {_listed(valid)}")
+
+
+def check_model_shape(recipe: Recipe, config: Mapping[str, Any], source: str) -> None:
+    """Whether a Hugging Face `config.json` can be cut as the recipe says. Raises ConfigError.
+
+    Sizes that the config does not give, or gives in a form that is no positive integer, are left to the
+    code that builds the model: it refuses them with their own message.
+    """
+    cfg = recipe.policy.megatron_cfg
+    tp, pp = cfg.tensor_model_parallel_size, cfg.pipeline_model_parallel_size
+    cut = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+    sizes = {key: config[key] for key in cut if _is_size(config.get(key))}
+    for key, size in sizes.items():
+        if size % tp:
+            valid = [n for n in _divisors(size) if all(other % n == 0 for other in sizes.values())]
+            remedy = f"set {_listed(_nearest(valid, tp))}"
+            raise ConfigError.at(_TP, tp, f"does not divide {key} = {size} of {source}", remedy)
+    layers, chunks = config.get("num_hidden_layers"), pp * (cfg.virtual_pipeline_model_parallel_size or 1)
+    if _is_size(layers) and layers % pp:
+        remedy = f"set {_listed(_nearest(_divisors(layers), pp))}"
+        raise ConfigError.at(_PP, pp, f"does not divide num_hidden_layers = {layers} of {source}", remedy)
+    if _is_size(layers) and layers % chunks:
+        value, valid = cfg.virtual_pipeline_model_parallel_size, [n for n in _divisors(layers // pp) if n > 1]
+        problem = f"{pp} stages x {value} chunks do not divide num_hidden_layers = {layers} of {source}"
+        raise ConfigError.at(_VPP, value, problem, f"set {_listed([*_nearest(valid, value or 2), 'null'])}")
+    positions, limit = config.get("max_position_embeddings"), recipe.policy.max_total_sequence_length
+    if _is_size(positions) and limit > positions:
+        problem = f"beyond max_position_embeddings = {positions} of {source}"
+        raise ConfigError.at("policy.max_total_sequence_length", limit, problem, f"set at most {positions}")
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _divisors(number: int) -> list[int]:
+    low = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return sorted({*low, *(number // n for n in low)})
+
+
+def _nearest(values: list[int], to: int, count: int = 4) -> list[int]:
+    return sorted(sorted(values, key=lambda value: abs(value - to))[:count])
+
+
+def _listed(values: list[Any]) -> str:
+    """`4`, `2 or 4`, `1, 2 or 4`"""
+    *head, last = [str(value) for value in values]
+    return f"{', '.join(head)} or {last}" if head else last
