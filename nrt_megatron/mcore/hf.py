@@ -12,11 +12,10 @@ from torch import Tensor
 from nrt_megatron.convert import names
 from nrt_megatron.convert.config import ModelShape
 from nrt_megatron.convert.layout import read_shard
-from nrt_megatron.convert.safetensors_io import HFWeights
-from nrt_megatron.convert.seeded import SeededWeights
+from nrt_megatron.convert.safetensors_io import HFWeights, TensorReader
 from nrt_megatron.convert.vocabulary import NewTokens, read_rows
 
-WeightSource = Union[str, Path, HFWeights, SeededWeights]
+WeightSource = Union[str, Path, TensorReader]
 """A Hugging Face directory, or something that reads like one."""
 
 
@@ -62,7 +61,7 @@ def load_hf_weights(
 
 
 def _local_value(
-    weights: HFWeights,
+    weights: TensorReader,
     parameter: names.Parameter,
     target: Tensor,
     tp_rank: int,

@@ -1,0 +1,102 @@
+"""What can be said about a run before its ranks start: data, tokenizer, model and earlier checkpoints fit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+from nrt_megatron.checkpoints import CheckpointMeta, is_checkpoint, latest
+from nrt_megatron.convert.config import ModelShape
+from nrt_megatron.data import Limits, QADataset, Tokenizer, load_tokenizer
+from nrt_megatron.recipe import ConfigError, Recipe
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything a run is made from, checked."""
+
+    tokenizer: Tokenizer
+    stored_shape: ModelShape
+    """The model as its files have it."""
+    shape: ModelShape
+    """The model as it is trained: with rows for added tokens."""
+    train: QADataset
+    validation: Optional[QADataset]
+    resume_from: Optional[Path]
+    """The checkpoint of this run directory that training continues from."""
+
+
+def load_inputs(recipe: Recipe) -> Inputs:
+    """Opens tokenizer, model shape and data files; reads no weights. Raises ConfigError."""
+    tokenizer = load_tokenizer(_tokenizer_dir(recipe), recipe.policy.tokenizer)
+    stored = stored_shape(recipe)
+    rows = max(stored.vocab_size, tokenizer.vocab_size)
+    if tokenizer.vocab_size - len(tokenizer.added_tokens) > stored.vocab_size:
+        raise ConfigError(
+            f"policy.tokenizer: {tokenizer.vocab_size} tokens, but the model's vocab_size is {stored.vocab_size}; "
+            "use the tokenizer that belongs to policy.model"
+        )
+    shape = ModelShape.from_hf({**stored.to_hf(), "vocab_size": rows})
+    if recipe.policy.max_total_sequence_length > shape.max_position_embeddings:
+        raise ConfigError(
+            f"policy.max_total_sequence_length={recipe.policy.max_total_sequence_length} is longer than the model's "
+            f"max_position_embeddings ({shape.max_position_embeddings}); set at most that"
+        )
+    limits = Limits.of(recipe, tokenizer)
+    validation = recipe.data.validation
+    return Inputs(
+        tokenizer=tokenizer,
+        stored_shape=stored,
+        shape=shape,
+        train=QADataset(recipe.data.train, recipe.data, tokenizer, limits),
+        validation=QADataset(validation, recipe.data, tokenizer, limits, "data.validation") if validation else None,
+        resume_from=latest(Path(recipe.run_dir) / "checkpoints"),
+    )
+
+
+def preflight(recipe: Recipe) -> None:
+    """Every check that needs files: parses all rows, and compares the model with the run's checkpoint.
+
+    Raises ConfigError. Writes nothing; to be called once, before any rank starts.
+    """
+    inputs = load_inputs(recipe)
+    inputs.train.check()
+    if inputs.validation is not None:
+        inputs.validation.check()
+    if inputs.resume_from is not None:
+        check_same_model(inputs.resume_from, inputs.shape)
+
+
+def check_same_model(checkpoint: Path, shape: ModelShape) -> None:
+    """Raises ConfigError when the checkpoint holds a model of another shape."""
+    saved = ModelShape.from_hf(CheckpointMeta.read(checkpoint).model)
+    for name in shape.__dataclass_fields__:
+        theirs, ours = getattr(saved, name), getattr(shape, name)
+        if name not in ("original", "dtype") and theirs != ours:
+            raise ConfigError(
+                f"run_dir: its checkpoint {checkpoint} is of another model ({name} {theirs}, policy.model has {ours}); "
+                "set another run_dir, or the model it was started with"
+            )
+
+
+def stored_shape(recipe: Recipe) -> ModelShape:
+    """The model's shape from `policy.model`: a Hugging Face directory, a converted checkpoint, or inline."""
+    model = recipe.policy.model
+    if model.config is not None:
+        return ModelShape.from_hf(model.config)
+    path = Path(model.path)
+    return ModelShape.from_hf(_config(path)) if is_checkpoint(path) else ModelShape.from_dir(path)
+
+
+def _config(checkpoint: Path) -> dict[str, Any]:
+    return CheckpointMeta.read(checkpoint).model
+
+
+def _tokenizer_dir(recipe: Recipe) -> Path:
+    if recipe.policy.tokenizer.path:
+        return Path(recipe.policy.tokenizer.path)
+    if recipe.policy.model.path is None:
+        raise ConfigError("policy.tokenizer.path is not set; name a tokenizer directory for the inline policy.model.config")
+    path = Path(recipe.policy.model.path)
+    return path / "tokenizer" if is_checkpoint(path) else path
