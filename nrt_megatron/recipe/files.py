@@ -20,7 +20,8 @@ def check_files(recipe: Recipe) -> None:
     check_run_dir(recipe)
     model, tokenizer = recipe.policy.model, recipe.policy.tokenizer
     if model.path is not None:
-        check_model_shape(recipe, _read_config(Path(model.path)), f"{model.path}/config.json")
+        config, source = _read_config(Path(model.path))
+        check_model_shape(recipe, config, str(source))
     if tokenizer.path is not None:
         _check_directory("policy.tokenizer.path", tokenizer.path, "tokenizer.json or tokenizer.model")
     _check_file("data.train", recipe.data.train)
@@ -49,26 +50,27 @@ def _check_directory(key: str, path: str, holds: str) -> None:
         )
 
 
-def _read_config(directory: Path) -> dict[str, Any]:
+def _read_config(directory: Path) -> tuple[dict[str, Any], Path]:
+    """The Hugging Face config of a model directory, or the one inside the `meta.json` of our own checkpoints."""
     key = "policy.model.path"
     _check_directory(key, str(directory), "config.json and *.safetensors")
+    found = [path for path in (directory / "config.json", directory / "meta.json") if path.exists()]
+    if not found:
+        remedy = "give a Hugging Face model directory, or a checkpoint of a run"
+        raise MissingFileError.at(key, str(directory), "holds no config.json", remedy)
     try:
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise MissingFileError.at(
-            key, str(directory), "holds no config.json", "give a Hugging Face model directory"
-        ) from None
-    except ValueError as error:  # no JSON, or no UTF-8
-        raise ConfigError.at(
-            key, str(directory), f"config.json is not JSON ({error})", "restore the file"
-        ) from None
+        config = json.loads(found[0].read_text(encoding="utf-8"))
+        config = config["model"] if found[0].name == "meta.json" else config
+    except (ValueError, KeyError, TypeError) as error:
+        problem = f"{found[0].name} is not what it should be ({error})"
+        raise ConfigError.at(key, str(directory), problem, "restore the file") from None
     except OSError as error:
         raise ConfigError.at(
-            key, str(directory), f"config.json: {error.strerror}", "make it readable"
+            key, str(directory), f"{found[0].name}: {error.strerror}", "make it readable"
         ) from None
     if not isinstance(config, dict):
-        raise ConfigError.at(key, str(directory), "config.json holds no JSON object", "restore the file")
-    return config
+        raise ConfigError.at(key, str(directory), f"{found[0].name} holds no JSON object", "restore the file")
+    return config, found[0]
 
 
 def _check_file(key: str, path: str) -> None:

@@ -57,10 +57,10 @@ def check_ranks(recipe: Recipe) -> None:
     if world % replica:
         tp, pp = cfg.tensor_model_parallel_size, cfg.pipeline_model_parallel_size
         problem = f"{world} ranks cannot be split into replicas of TP {tp} x PP {pp} = {replica}"
-        key, value = _world_key(recipe)
         near = sorted({max(world // replica, 1) * replica, (world // replica + 1) * replica})
-        fitting = [n for n in _divisors(world) if n <= tp] if pp == 1 else []
+        fitting = _nearest([n for n in _divisors(world) if n < tp], tp) if pp == 1 else []
         other = f", or {_TP} to {_listed(fitting)}" if fitting else ""
+        key, value = _world_key(recipe) if replica < world else (_TP, tp) if tp > 1 else (_PP, pp)
         raise ConfigError.at(key, value, problem, f"set ranks in all to {_listed(near)}{other}")
 
 

@@ -150,9 +150,7 @@ def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def _resolve(layers: list[Layer], default_run_dir: str | None = None) -> Recipe:
-    named = _select_preset(_merge(layers))
-    preset = [({"nrt": PRESETS[named]}, f"preset {named}")] if named else []
-    merged = _merge([*preset, *layers])
+    merged = _merge([*_preset_layer(layers), *layers])
     try:
         if merged.run_dir is None:
             merged.run_dir = default_run_dir
@@ -163,17 +161,20 @@ def _resolve(layers: list[Layer], default_run_dir: str | None = None) -> Recipe:
     return recipe
 
 
-def _select_preset(merged: Any) -> str | None:
-    try:
-        name = merged.nrt.preset
-    except OmegaConfBaseException as error:
-        raise _config_error(error, "resolved recipe") from None
-    if name is not None and name not in PRESETS:
-        raise ConfigError.at("nrt.preset", name, "unknown preset", f"choose {', '.join(PRESETS)} or null")
-    return name
+def _preset_layer(layers: list[Layer]) -> list[Layer]:
+    """What the preset named in the highest layer sets; it lies below all of them."""
+    named = [layer["nrt"]["preset"] for layer, _ in layers if "preset" in layer.get("nrt", {})]
+    if not named or named[-1] is None:
+        return []
+    if named[-1] not in PRESETS:
+        raise ConfigError.at(
+            "nrt.preset", named[-1], "unknown preset", f"choose {', '.join(PRESETS)} or null"
+        )
+    return [({"nrt": PRESETS[named[-1]]}, f"preset {named[-1]}")]
 
 
 def _merge(layers: list[Layer]) -> Any:
+    """Layer by layer on the schema, so that a wrong type can be traced to its file."""
     merged = OmegaConf.structured(Recipe)
     OmegaConf.set_readonly(merged, None)  # frozen dataclasses make read-only nodes
     for layer, source in layers:
