@@ -71,8 +71,8 @@ class Parameter:
 
     @property
     def key(self) -> str:
-        """Key in a checkpoint: the name under the local spec without the layer number."""
-        return self.name if self.layer is None else self.name.replace(f"{LAYER_PREFIX}{self.layer}.", LAYER_PREFIX, 1)
+        """Key in a `torch_dist` checkpoint: always the Transformer Engine name, layers stacked under one key."""
+        return self.te_name if self.layer is None else self.te_name.replace(f".{self.layer}.", ".", 1)
 
     def blocks(self, tp_size: int) -> int:
         """Parts each source is cut into over all tensor ranks. Asserts that they divide by the ranks."""

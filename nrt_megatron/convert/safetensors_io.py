@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -27,6 +28,18 @@ class TensorInfo:
     shape: tuple[int, ...]
     dtype: str
     """`float32`, `bfloat16`, `float16`, or the safetensors code of a dtype that is not supported."""
+
+
+class TensorReader(Protocol):
+    """Named tensors of which parts can be read."""
+
+    tensors: dict[str, TensorInfo]
+
+    def check(self, shape: ModelShape) -> None:
+        """Raises ConfigError unless the tensors are those of a model of this shape."""
+
+    def read(self, name: str, *index: slice) -> Tensor:
+        """The tensor, or the part that `index` selects."""
 
 
 class HFWeights:

@@ -20,7 +20,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from nrt_megatron.convert.safetensors_io import HFWeights
+from nrt_megatron.convert.safetensors_io import TensorReader
 
 _CHUNK_BYTES = 64 << 20
 """Bytes of float64 held at once while averaging a matrix."""
@@ -42,7 +42,7 @@ class NewTokens:
         return max(rows, *(token + 1 for token in self.ids))
 
 
-def initial_row(weights: HFWeights, name: str, new: NewTokens) -> Tensor:
+def initial_row(weights: TensorReader, name: str, new: NewTokens) -> Tensor:
     """The row [hidden] an added token starts from; averaged in float64, in a fixed order, so it is reproducible."""
     rows, hidden = weights.tensors[name].shape
     if new.like is not None:
@@ -57,7 +57,7 @@ def initial_row(weights: HFWeights, name: str, new: NewTokens) -> Tensor:
     return (total / size).to(chunk.dtype)
 
 
-def read_rows(weights: HFWeights, name: str, start: int, stop: int, new: Optional[NewTokens] = None) -> Tensor:
+def read_rows(weights: TensorReader, name: str, start: int, stop: int, new: Optional[NewTokens] = None) -> Tensor:
     """Rows [start, stop) of a vocabulary matrix: the file's, then added tokens', then zeros. [stop - start, hidden]"""
     rows, hidden = weights.tensors[name].shape
     kept = weights.read(name, slice(min(start, rows), min(stop, rows)))
