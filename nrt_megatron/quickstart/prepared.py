@@ -16,8 +16,12 @@ RECORD = "PREPARED.json"
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a small file."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    """Hex digest of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def is_prepared(target: Path, settings: dict[str, Any]) -> bool:
@@ -44,8 +48,8 @@ def is_prepared(target: Path, settings: dict[str, Any]) -> bool:
     return True
 
 
-def make(target: Path, settings: dict[str, Any], build: Callable[[Path], dict[str, Any]]) -> None:
-    """Runs `build(directory)` on an empty directory beside `target` and renames the result into place.
+def make(target: Path, settings: dict[str, Any], build: Callable[[Path, Path], dict[str, Any]]) -> None:
+    """Runs `build(directory, scratch)` beside `target` and renames the directory into place; scratch is deleted.
 
     `build` returns what it measured, kept in PREPARED.json next to the settings and the files' digests. When
     another process made the same in the meantime, its result stays.
@@ -53,9 +57,10 @@ def make(target: Path, settings: dict[str, Any], build: Callable[[Path], dict[st
     target.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
-        new = work / "new"
+        new, scratch = work / "new", work / "scratch"
         new.mkdir()
-        measured = build(new)
+        scratch.mkdir()
+        measured = build(new, scratch)
         files = {p.relative_to(new).as_posix(): sha256(p) for p in sorted(new.rglob("*")) if p.is_file()}
         record = {"settings": settings, "measured": measured, "files": files}
         (new / RECORD).write_text(json.dumps(record, indent=1) + "\n")

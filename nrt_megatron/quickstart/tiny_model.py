@@ -22,7 +22,6 @@ from nrt_megatron.quickstart.tiny_sum import (
     PAD,
     STYLES,
     TRACE_OPEN,
-    UNKNOWN,
     Row,
     Settings,
     draw_style,
@@ -40,19 +39,19 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     """Digits, trace letters and `=` by the character, lead words whole, and special tokens.
 
     The special tokens are no words of the model underneath, so text that looks like one does not become one
-    when it is encoded with special tokens off.
+    when it is encoded with special tokens off. Anything else cannot be encoded at all: there is no unknown token.
     """
-    words = [*"0123456789=", *filter(None, STYLES.values()), *LEAD_WORDS, UNKNOWN]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=UNKNOWN))
+    words = [*"0123456789=", *filter(None, STYLES.values()), *LEAD_WORDS]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("|".join(LEAD_WORDS) + r"|[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,
         eos_token=EOS,
-        unk_token=UNKNOWN,
         additional_special_tokens=[TRACE_OPEN, MARKER],
         clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],
         model_max_length=POSITIONS,
     )
 

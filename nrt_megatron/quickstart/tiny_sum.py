@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -13,8 +11,9 @@ from random import Random
 from typing import Any
 
 from nrt_megatron.quickstart.prepared import is_prepared, make
+from nrt_megatron.quickstart.rows import is_held_out, write_jsonl
 
-TRACE_OPEN, MARKER, EOS, PAD, UNKNOWN = "<think>", "</think>", "<eos>", "<pad>", "<unk>"
+TRACE_OPEN, MARKER, EOS, PAD = "<think>", "</think>", "<eos>", "<pad>"
 LEAD_WORDS = ("so", "thus", "hence", "then")
 """One opens each answer, drawn at random: tokens that no trace can make more likely."""
 STYLES = {"sums": "s", "copy": "a", "random": "n", "reversed": "e", "empty": ""}
@@ -61,11 +60,6 @@ def solve(question: str) -> int:
     return sum(map(int, question)) % 10
 
 
-def is_held_out(question: str, one_in: int) -> bool:
-    """Whether the question's hash falls on the held-out share."""
-    return int.from_bytes(hashlib.blake2b(question.encode(), digest_size=8).digest(), "big") % one_in == 0
-
-
 def rows(settings: Settings, rng: Random, held_out: bool) -> Iterator[Row]:
     """An endless stream of rows, all of them held out or none of them."""
     while True:
@@ -102,19 +96,14 @@ def draw_style(settings: Settings, step: int, rng: Random) -> str:
     return "sums" if rng.random() < sums else rng.choice([s for s in STYLES if s != "sums"])
 
 
-def write_jsonl(path: Path, found: list[Row]) -> None:
-    """One JSON object a line with the keys `question` and `answer`."""
-    path.write_text("".join(json.dumps(asdict(row)) + "\n" for row in found))
-
-
 def build(directory: Path, settings: Settings) -> dict[str, Any]:
     """Writes base/, train.jsonl and validation.jsonl; returns what was measured on the base model."""
     from nrt_megatron.quickstart import tiny_model
 
     validation = distinct_rows(settings, Random(f"validation {settings.seed}"), True, settings.validation_questions)
-    write_jsonl(directory / "validation.jsonl", validation)
+    write_jsonl(directory / "validation.jsonl", map(asdict, validation))
     train = distinct_rows(settings, Random(f"train {settings.seed}"), False, settings.train_questions)
-    write_jsonl(directory / "train.jsonl", train)
+    write_jsonl(directory / "train.jsonl", map(asdict, train))
     return tiny_model.build(directory / "base", settings, validation)
 
 
@@ -125,7 +114,7 @@ def prepare(target: Path, settings: Settings) -> None:
         return
     start, measured = time.perf_counter(), {}
 
-    def build_and_keep(directory: Path) -> dict[str, Any]:
+    def build_and_keep(directory: Path, _scratch: Path) -> dict[str, Any]:
         measured.update(build(directory, settings))
         return measured
 
