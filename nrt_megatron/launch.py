@@ -109,7 +109,7 @@ def _start_ranks(ranks: int, recipe_yaml: Path, scratch: str) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what failed is said below
+    _silence_launcher()
     os.environ[_PARENT] = str(os.getpid())
     config = LaunchConfig(
         min_nodes=1,
@@ -130,6 +130,13 @@ def _start_ranks(ranks: int, recipe_yaml: Path, scratch: str) -> int:
         print(f"nrt: ended by {error.sigval.name}, all ranks with it", file=sys.stderr)
         return 128 + error.sigval
     return 0
+
+
+def _silence_launcher() -> None:
+    """What failed is said in one line by `_report`. Torch sets a level on each of its loggers, so each one here."""
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def _report(failures: Mapping[int, ProcessFailure]) -> int:

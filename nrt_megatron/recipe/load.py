@@ -166,7 +166,7 @@ def _preset_layer(layers: list[Layer]) -> list[Layer]:
     named = [layer["nrt"]["preset"] for layer, _ in layers if "preset" in layer.get("nrt", {})]
     if not named or named[-1] is None:
         return []
-    if named[-1] not in PRESETS:
+    if not isinstance(named[-1], str) or named[-1] not in PRESETS:
         raise ConfigError.at(
             "nrt.preset", named[-1], "unknown preset", f"choose {', '.join(PRESETS)} or null"
         )

@@ -1,0 +1,48 @@
+# make train    environment, then Native Reasoning Training of a tiny model on two CPU cores
+# make test     environment, then the tests
+# make setup    environment alone: .venv with the package, editable
+# ARGS="..." goes to nrt train or pytest; TORCH="torch" installs another build, e.g. the CUDA one.
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test lint gpu-check clean
+
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH ?= torch==2.13.0
+EXTRAS ?= dev
+ARGS ?=
+RECIPE ?= recipes/nrt-tiny-1n0g-cpu.yaml
+PYTHON ?= $(shell for python in python3.11 python3.12 python3.10 python3; do \
+	$$python -c 'import sys, venv; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null \
+	&& echo $$python && break; done)
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
+
+setup: $(VENV)/.installed
+
+# Torch goes first: the one that is there decides which build the package runs on.
+$(VENV)/.installed: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "make: no Python 3.10, 3.11 or 3.12 found; install one, or set PYTHON=/path/to/python3.11" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$(EXTRAS)]"
+	@touch $@
+
+train: setup
+	$(BIN)/nrt train $(RECIPE) $(ARGS)
+
+# One OpenMP thread a process: tests start ranks of their own, and repeats are equal with one thread.
+test: setup
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+gpu-check: setup
+	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
