@@ -49,7 +49,6 @@ OURS = {
     "data": {"recipe"},
     "checkpoints": {"recipe"},
     "quickstart": {"recipe", "data"},
-    "report": {"recipe"},
 }
 """Rooms that may import less of the package than the order allows."""
 
