@@ -14,6 +14,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from nrt_megatron.quickstart.prepared import is_prepared, make
 from nrt_megatron.quickstart.rows import is_held_out, write_jsonl
 from nrt_megatron.recipe import ConfigError
@@ -57,8 +59,6 @@ def read_faq(path: Path) -> list[tuple[str, str]]:
 
 def read_trivia(path: Path) -> list[tuple[str, str]]:
     """(question, answer) of a chatterbot-corpus YAML; the first answer where there are several."""
-    import yaml
-
     talks = yaml.safe_load(path.read_text("utf-8"))["conversations"]
     return [(str(talk[0]).strip(), str(talk[1]).strip()) for talk in talks]
 
@@ -138,7 +138,9 @@ def fetch(target: Path) -> dict[str, Any]:
     or when something else is at `target`.
     """
     if not is_prepared(target, SETTINGS):
-        if find_spec("gguf") is None or find_spec("yaml") is None:
-            raise ConfigError("fetching SmolLM2 needs the packages gguf and pyyaml: pip install 'nrt-megatron[smollm2]'")
+        if find_spec("gguf") is None:
+            raise ConfigError("fetching SmolLM2 needs the package gguf; pip install 'nrt-megatron[smollm2]'")
         make(target, SETTINGS, build)
+    else:
+        print(f"{target} is there already")
     return json.loads((target / "PREPARED.json").read_text())["measured"]
