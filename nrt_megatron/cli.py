@@ -131,6 +131,49 @@ def _prepare(recipe: Recipe) -> None:
     preflight(recipe)
 
 
+@app.command()
+def convert(
+    hf_dir: Annotated[str, typer.Argument(metavar="HF_DIR", help="Hugging Face directory of a Llama or Mistral model.")],
+    out_dir: Annotated[str, typer.Argument(metavar="OUT_DIR", help="New directory for the Megatron checkpoint.")],
+    add_token: Annotated[
+        Optional[list[str]],
+        typer.Option("--add-token", metavar="T", help="Token to add to tokenizer and embeddings; repeatable."),
+    ] = None,
+    init_from: Annotated[
+        str, typer.Option("--init-from", metavar="X", help="Rows of added tokens: eos, mean, or a text.")
+    ] = "mean",
+    no_tokenizer: Annotated[bool, typer.Option("--no-tokenizer", help="Weights alone.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Compare logits with transformers on text.")] = False,
+    dtype: Annotated[Optional[str], typer.Option("--dtype", metavar="float32|bfloat16", help="Cast the weights.")] = None,
+) -> None:
+    """Convert a Hugging Face model to a Megatron checkpoint that loads at any layout."""
+    from nrt_megatron.mcore.convert_checkpoint import convert_hf_to_megatron
+
+    convert_hf_to_megatron(
+        hf_dir,
+        out_dir,
+        add_token=add_token or [],
+        init_from=init_from,
+        tokenizer=not no_tokenizer,
+        dtype=dtype,
+        verify=verify,
+    )
+
+
+@app.command()
+def export(
+    checkpoint_dir: Annotated[str, typer.Argument(metavar="CHECKPOINT_DIR", help="Checkpoint of nrt train or convert.")],
+    out_dir: Annotated[str, typer.Argument(metavar="OUT_DIR", help="New directory for the release.")],
+    verify: Annotated[bool, typer.Option("--verify", help="Compare logits with transformers on text.")] = False,
+    dtype: Annotated[Optional[str], typer.Option("--dtype", metavar="float32|bfloat16", help="Cast the weights.")] = None,
+    max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest weights file.")] = "5GB",
+) -> None:
+    """Export a checkpoint as a Hugging Face model, ready to release."""
+    from nrt_megatron.mcore.convert_checkpoint import export_to_hf
+
+    export_to_hf(checkpoint_dir, out_dir, dtype=dtype, max_shard_size=max_shard_size, verify=verify)
+
+
 def _interrupted(signum: int, _frame: object) -> NoReturn:
     raise SystemExit(128 + signum)
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -73,15 +72,25 @@ def _num_bytes(config: dict) -> int:
     return sum(2 * torch.Size(size).numel() for size in hf_shapes(ModelShape.from_hf(config)).values())
 
 
-def measure(*arguments: str) -> tuple[int, float]:
+# `ru_maxrss` of a child counts its parent's memory from before exec; the kernel's VmHWM does not.
+_CHILD = """
+import sys
+from pathlib import Path
+from nrt_megatron.cli import main
+peak = Path(sys.argv.pop(1))
+try:
+    main()
+finally:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    peak.write_text(next(line.split()[1] for line in lines if line.startswith("VmHWM:")))
+"""
+
+
+def measure(peak_file: Path, *arguments: str) -> tuple[int, float]:
     """Runs `nrt ARGUMENTS`; returns its peak resident bytes and seconds. Raises when it fails."""
     start = time.perf_counter()
-    process = subprocess.Popen([sys.executable, "-m", "nrt_megatron", *arguments])
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"nrt {' '.join(arguments)} failed")
-    return usage.ru_maxrss * 1024, time.perf_counter() - start
+    subprocess.run([sys.executable, "-c", _CHILD, str(peak_file), *arguments], check=True)
+    return int(peak_file.read_text()) * 1024, time.perf_counter() - start
 
 
 def differing(first: Path, second: Path) -> list[str]:
@@ -109,7 +118,7 @@ def main() -> int:
             ("convert", ("convert", str(source), str(checkpoint), "--no-tokenizer")),
             ("export", ("export", str(checkpoint), str(release))),
         ):
-            peak, seconds = measure(*arguments)
+            peak, seconds = measure(Path(temporary) / "peak", *arguments)
             peaks.append(peak)
             print(f"{title}: peak {peak / 1e6:.0f} MB resident ({peak / largest:.2f} of the largest file), {seconds:.1f} s")
         wrong = differing(source, release)

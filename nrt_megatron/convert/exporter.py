@@ -133,6 +133,7 @@ def _write_weights(
                 values = values.to(tensors[rows.name].dtype)
                 place[rows.name].write(rows.name, rows.start, values)
                 done += values.nbytes
+            del part, values  # before the next ones are read
             progress(done, total)
     for writer in files.values():
         writer.close()

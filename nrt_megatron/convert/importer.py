@@ -22,7 +22,7 @@ from nrt_megatron.convert.torch_dist import TorchDistWriter
 from nrt_megatron.convert.vocabulary import NewTokens, read_rows
 from nrt_megatron.recipe import ConfigError
 
-PIECE_BYTES = 32 << 20
+PIECE_BYTES = 16 << 20
 """Most bytes of a matrix in memory at once (one query group's rows at least)."""
 
 
@@ -88,6 +88,7 @@ def _write_weights(
                 chunk, offsets, size = chunk[None], [parameter.layer, *offsets], (shape.num_layers, *size)
             writer.add(parameter.key, chunk, tuple(offsets), size)
             done += chunk.nbytes
+            del chunk  # before the next one is read
             progress(done, total)
     writer.add_extra_states(shape.num_layers)
     writer.finish()

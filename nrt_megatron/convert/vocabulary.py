@@ -61,9 +61,10 @@ def read_rows(weights: TensorReader, name: str, start: int, stop: int, new: Opti
     """Rows [start, stop) of a vocabulary matrix: the file's, then added tokens', then zeros. [stop - start, hidden]"""
     rows, hidden = weights.tensors[name].shape
     kept = weights.read(name, slice(min(start, rows), min(stop, rows)))
-    out = torch.zeros(stop - start, hidden, dtype=kept.dtype)
-    out[: len(kept)] = kept
     here = [token - start for token in (new.ids if new else ()) if start <= token < stop]
+    if stop <= rows and not here:
+        return kept
+    out = torch.cat([kept, torch.zeros(stop - start - len(kept), hidden, dtype=kept.dtype)])
     if here:
         out[here] = initial_row(weights, name, new)
     return out
