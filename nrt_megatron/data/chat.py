@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any, Mapping, Optional, Sequence
+from typing import Any, Optional
 
 import jinja2
 import jinja2.ext
@@ -50,7 +51,10 @@ class ChatTemplate:
             self._template = _environment().from_string(source)
         except jinja2.TemplateError as error:
             raise ConfigError.at(
-                "data.prompt_template", "chat", f"the tokenizer's chat template is broken ({error})", "restore it"
+                "data.prompt_template",
+                "chat",
+                f"the tokenizer's chat template is broken ({error})",
+                "restore it",
             ) from None
         self._layout = lru_cache(maxsize=1024)(self._render_slots)
 
@@ -69,8 +73,12 @@ class ChatTemplate:
         if _fill(layout, contents) != whole:
             contents = [self._trim(messages, index) for index in range(len(messages))]
             if _fill(layout, contents) != whole:
-                raise TemplateRefusal("the chat template changes its layout with the contents of the messages")
-        return [Piece(text, True) if number is None else Piece(contents[number], False) for text, number in layout]
+                raise TemplateRefusal(
+                    "the chat template changes its layout with the contents of the messages"
+                )
+        return [
+            Piece(text, True) if number is None else Piece(contents[number], False) for text, number in layout
+        ]
 
     def _trim(self, messages: Sequence[Message], index: int) -> str:
         """Content `index` as the template writes it: as it is, or without white space at its ends."""
@@ -114,7 +122,7 @@ def _fill(layout: Sequence[tuple[str, Optional[int]]], contents: Sequence[str]) 
 class _Generation(jinja2.ext.Extension):
     """`{% generation %}` marks the assistant's text in some templates; here it only passes it on."""
 
-    tags = {"generation"}
+    tags = frozenset({"generation"})
 
     def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
         next(parser.stream)

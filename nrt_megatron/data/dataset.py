@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
-from typing import Any, Iterable, Iterator, Sequence, Union
+from typing import Any, Union
 
 from nrt_megatron.data.example import BadRow, Example
 from nrt_megatron.data.limits import Limits
@@ -44,7 +45,9 @@ class QADataset:
         ConfigError: the file or the template cannot be used at all; rows are left to `check`.
     """
 
-    def __init__(self, path: str, data: Data, tokenizer: Tokenizer, limits: Limits, key: str = "data.train") -> None:
+    def __init__(
+        self, path: str, data: Data, tokenizer: Tokenizer, limits: Limits, key: str = "data.train"
+    ) -> None:
         self.path = path
         self.limits = limits
         self.strict = data.on_bad_row == "error"
@@ -75,7 +78,7 @@ class QADataset:
             ConfigError: a row is malformed and `data.on_bad_row` is `error`.
         """
         found = self._examples(rows, self._source.read(rows))
-        for row, example in zip(rows, found):
+        for row, example in zip(rows, found, strict=True):
             if self.strict and isinstance(example, BadRow) and example.reason == "malformed":
                 raise self._malformed(row, example)
         return found
@@ -127,15 +130,18 @@ class QADataset:
         found: list[Union[Example, BadRow, None]] = [None] * len(rows)
         todo: list[tuple[int, Fields, list[Piece]]] = []
         for at, fields in enumerate(self._parsed(decoded)):
+            if isinstance(fields, BadRow):
+                found[at] = fields
+                continue
             try:
-                if isinstance(fields, BadRow):
-                    raise fields
                 todo.append((at, fields, self._template.pieces(fields)))
             except BadRow as bad:
                 found[at] = bad
-        answers = [[Piece(fields.answer, trusted=False)] for _, fields, _ in todo]
-        encoded = self._encode([pieces for _, _, pieces in todo] + answers)
-        for (at, fields, _), prompt, answer in zip(todo, encoded, encoded[len(todo) :]):
+        texts = [pieces for _, _, pieces in todo]
+        texts += [[Piece(fields.answer, trusted=False)] for _, fields, _ in todo]
+        encoded = self._encode(texts)
+        prompts, answers = encoded[: len(todo)], encoded[len(todo) :]
+        for (at, fields, _), prompt, answer in zip(todo, prompts, answers, strict=True):
             found[at] = self._finish(rows[at], fields, prompt, answer)
         assert None not in found
         return found
@@ -155,12 +161,12 @@ class QADataset:
         for ids in (prompt, answer):
             if isinstance(ids, BadRow):
                 return ids
-        prompt_ids, answer_ids = self._template.prompt_ids(prompt), self._template.answer_ids(answer)
+        example = self._template.example(row, fields, prompt, answer)
         try:
-            self.limits.check(len(prompt_ids), len(answer_ids))
+            self.limits.check(len(example.prompt_ids), len(example.answer_ids))
         except BadRow as bad:
             return bad
-        return Example(row, prompt_ids, answer_ids, fields.question, fields.answer)
+        return example
 
     def _require_one_that_fits(self) -> None:
         dropped: Counter[str] = Counter()
@@ -176,11 +182,10 @@ class QADataset:
 
     def _none_fits(self, dropped: Counter[str], shortest: dict[str, BadRow]) -> ConfigError:
         reason, _ = dropped.most_common(1)[0]
+        bad = shortest[reason]
         counts = ", ".join(f"{count} {name}" for name, count in dropped.items())
-        why, remedy = shortest[reason].why, "correct the rows or data.prompt_template"
-        if shortest[reason].tokens is not None:
-            source, remedy = self.limits.explain(reason)
-            why = f"at the shortest {why} ({source})"
+        why = bad.why if bad.tokens is None else f"at the shortest {bad.why}"
+        remedy = bad.remedy or "correct the rows or data.prompt_template"
         return ConfigError.at(self.key, self.path, f"no row can be used ({counts}): {why}", remedy)
 
     def _malformed(self, row: int, bad: BadRow) -> ConfigError:

@@ -16,14 +16,18 @@ class BadRow(ValueError):
         reason: one of REASONS.
         why: the same for a user, in words.
         tokens: length of what is too long.
+        remedy: what to set, where a setting stands against the row.
     """
 
-    def __init__(self, reason: str, why: str, tokens: Optional[int] = None) -> None:
+    def __init__(
+        self, reason: str, why: str, tokens: Optional[int] = None, remedy: Optional[str] = None
+    ) -> None:
         assert reason in REASONS
         super().__init__(why)
         self.reason = reason
         self.why = why
         self.tokens = tokens
+        self.remedy = remedy
 
 
 @dataclass(frozen=True)

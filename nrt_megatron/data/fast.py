@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Optional, Sequence
+from typing import Any, Optional
 
 from tokenizers import Tokenizer as FastTokenizer
 
@@ -33,7 +34,8 @@ class FastBackend:
         if not isinstance(self._state.get("model"), dict):
             raise files.error("tokenizer.json has no model", "restore the file")
         self._vocab = _vocabulary(self._state["model"])
-        self._added: dict[str, int] = {token["content"]: token["id"] for token in self._state.get("added_tokens") or []}
+        self._state["added_tokens"] = self._state.get("added_tokens") or []
+        self._added: dict[str, int] = {token["content"]: token["id"] for token in self._state["added_tokens"]}
         self._protected: set[str] = set()
         self._declare_named_tokens()
         self._set_prefix_space()
@@ -46,8 +48,12 @@ class FastBackend:
     @property
     def control(self) -> dict[str, int]:
         """Tokens that text of a user must never become."""
-        special = {token["content"] for token in self._state["added_tokens"] if token["special"]} | self._protected
-        return {text: index for text, index in self._added.items() if text in special or not is_plain_text(text)}
+        named = {
+            token["content"] for token in self._state["added_tokens"] if token["special"]
+        } | self._protected
+        return {
+            text: index for text, index in self._added.items() if text in named or not is_plain_text(text)
+        }
 
     def add(self, text: str) -> tuple[int, bool]:
         """Make `text` a special token; returns its id, and whether the vocabulary grew."""
@@ -90,7 +96,8 @@ class FastBackend:
 
     def encode_batch(self, masked: Sequence[str]) -> list[list[int]]:
         """Ids of texts whose control tokens go by private names; nothing is added, nothing is cut."""
-        return [encoding.ids for encoding in self._encoder.encode_batch_fast(masked, add_special_tokens=False)]
+        encodings = self._encoder.encode_batch_fast(masked, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
         return self._decoder.decode(ids, skip_special_tokens=skip_special_tokens)
@@ -138,26 +145,28 @@ class FastBackend:
         return built
 
     def _declare(self, token: dict[str, Any]) -> None:
-        assert "_encoder" not in self.__dict__ and "_decoder" not in self.__dict__
-        others = [other for other in self._state.get("added_tokens") or [] if other["content"] != token["content"]]
-        self._state["added_tokens"] = sorted([*others, token], key=lambda other: other["id"])
+        assert token["content"] not in self._added and "_decoder" not in self.__dict__
+        self._state["added_tokens"] = sorted(
+            [*self._state["added_tokens"], token], key=lambda other: other["id"]
+        )
         self._added[token["content"]] = token["id"]
 
     def _declare_named_tokens(self) -> None:
         """Special tokens that only the other JSON files declare, which transformers adds on loading."""
-        self._state.setdefault("added_tokens", [])
+        special_tokens = self.files.special_tokens
         for index, token in self.files.added_tokens.items():
             if token["content"] not in self._added:
-                self._declare({**_SPECIAL, "special": token["content"] in self.files.special_tokens, **token, "id": index})
-        for text in self.files.special_tokens:
+                special = token["content"] in special_tokens
+                self._declare({**_SPECIAL, "special": special, **token, "id": index})
+        for text in special_tokens:
             if text not in self._added and text in self._vocab:
                 self._declare({"id": self._vocab[text], "content": text, **_SPECIAL})
 
     def _set_prefix_space(self) -> None:
-        """transformers overrides `add_prefix_space` of the pre-tokenizer with the one of tokenizer_config.json."""
-        pre_tokenizer = self._state.get("pre_tokenizer") or {}
-        if "add_prefix_space" in pre_tokenizer and self.files.config.get("tokenizer_class") not in LLAMA_CLASSES:
-            wanted = bool(self.files.config.get("add_prefix_space", False))
+        """`add_prefix_space` of tokenizer_config.json (default: off) wins, as in transformers."""
+        config, pre_tokenizer = self.files.config, self._state.get("pre_tokenizer") or {}
+        if "add_prefix_space" in pre_tokenizer and config.get("tokenizer_class") not in LLAMA_CLASSES:
+            wanted = bool(config.get("add_prefix_space", False))
             self._state["pre_tokenizer"] = {**pre_tokenizer, "add_prefix_space": wanted}
 
 
@@ -187,9 +196,10 @@ def _rename(model: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
         renamed["unk_token"] = names[model["unk_token"]]
     if model.get("merges"):
         prefix = model.get("continuing_subword_prefix") or ""
-        pairs = [tuple(merge.split(" ")) if isinstance(merge, str) else tuple(merge) for merge in model["merges"]]
+        pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
         renamed["merges"] = [
-            list(pair) for pair in pairs
-            if names.keys().isdisjoint((*pair, pair[0] + pair[1].removeprefix(prefix)))
+            [left, right]
+            for left, right in pairs
+            if not (left in names or right in names or left + right.removeprefix(prefix) in names)
         ]
     return renamed

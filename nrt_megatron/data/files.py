@@ -57,7 +57,10 @@ class TokenizerFiles:
     def config(self) -> dict[str, Any]:
         """tokenizer_config.json, over the older special_tokens_map.json."""
         config = self.read_json("tokenizer_config.json")
-        return {**self.read_json("special_tokens_map.json"), **{k: v for k, v in config.items() if v is not None}}
+        return {
+            **self.read_json("special_tokens_map.json"),
+            **{k: v for k, v in config.items() if v is not None},
+        }
 
     def named(self, name: str) -> Optional[str]:
         """Text of a token with a role, such as `eos_token`; None where it is not set."""
@@ -83,9 +86,9 @@ class TokenizerFiles:
         """Tokens outside the base vocabulary that the files declare: id -> flags with `content`."""
         declared = self.config.get("added_tokens_decoder")
         if declared:
-            return {int(index): dict(token) for index, token in sorted(declared.items(), key=lambda kv: int(kv[0]))}
+            return {int(index): dict(declared[index]) for index in sorted(declared, key=int)}
         older = self.read_json("added_tokens.json")
-        return {index: {"content": text} for text, index in sorted(older.items(), key=lambda kv: kv[1])}
+        return {older[text]: {"content": text} for text in sorted(older, key=older.__getitem__)}
 
     @cached_property
     def chat_template(self) -> Optional[str]:
@@ -107,13 +110,14 @@ class TokenizerFiles:
 
     def copy_to(self, target: Path, config: dict[str, Any]) -> None:
         """Write the directory again at `target`, with `config` as its tokenizer_config.json."""
+        chat_template = self.chat_template
         target.mkdir(parents=True, exist_ok=True)
         for name in _COPIED:
-            if self.has(name):
+            if self.has(name) and target.resolve() != self.path.resolve():
                 shutil.copyfile(self.path / name, target / name)
         config = {key: value for key, value in config.items() if key != "chat_template"}
-        if self.chat_template is not None:
-            (target / "chat_template.jinja").write_text(self.chat_template, "utf-8")
+        if chat_template is not None:
+            (target / "chat_template.jinja").write_text(chat_template, "utf-8")
         write_json(target / "tokenizer_config.json", config)
 
 

@@ -9,6 +9,8 @@ from nrt_megatron.data.example import BadRow
 from nrt_megatron.data.tokenizer import Tokenizer
 from nrt_megatron.recipe import ConfigError, Recipe
 
+_TOTAL = "policy.max_total_sequence_length"
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -18,8 +20,8 @@ class Limits:
         total: `policy.max_total_sequence_length`.
         trace: `policy.generation.max_new_tokens`; 0 where no trace is sampled (`sft`).
         marker: length of the end-of-trace marker.
-        prompt: `data.max_prompt_tokens`, or None.
-        answer: `data.max_answer_tokens`, EOS included, or None.
+        prompt: `data.max_prompt_tokens`, or None for what the total leaves.
+        answer: `data.max_answer_tokens`, EOS included, or None likewise.
 
     Raises:
         ConfigError: trace and marker leave no room for a prompt of one token and an answer of two.
@@ -34,7 +36,7 @@ class Limits:
     def __post_init__(self) -> None:
         if self.room < 3:
             raise ConfigError.at(
-                "policy.max_total_sequence_length",
+                _TOTAL,
                 self.total,
                 f"{self.room} tokens are left for prompt and answer beside {self._beside}",
                 "raise it, or lower policy.generation.max_new_tokens",
@@ -55,35 +57,30 @@ class Limits:
         """Tokens for prompt and answer together."""
         return self.total - self.trace - self.marker
 
-    @property
-    def longest_prompt(self) -> int:
-        """Tokens a prompt may have; what is left is an answer of one token and EOS."""
-        return min(self.room - 2, self.room if self.prompt is None else self.prompt)
-
     def check(self, prompt: int, answer: int) -> None:
-        """Raise BadRow where a prompt and an answer of these lengths have no room."""
-        limit = self.longest_prompt
-        if prompt > limit:
-            raise BadRow("prompt_too_long", f"the prompt has {prompt} tokens, the limit is {limit}", prompt)
-        limit = min(self.room - prompt, self.room if self.answer is None else self.answer)
-        if answer > limit:
-            raise BadRow(
-                "answer_too_long", f"the answer has {answer} tokens with EOS, the limit is {limit}", answer
-            )
+        """Raise BadRow where a prompt and an answer of these lengths have no room.
 
-    def explain(self, reason: str) -> tuple[str, str]:
-        """Where the limit behind `prompt_too_long` or `answer_too_long` comes from, and what to set instead."""
-        own, key = {
-            "prompt_too_long": (self.prompt, "data.max_prompt_tokens"),
-            "answer_too_long": (self.answer, "data.max_answer_tokens"),
-        }[reason]
-        if own is not None and own < self.room - 2:
-            return f"{key} = {own}", f"raise {key}"
-        return (
-            f"policy.max_total_sequence_length = {self.total} less {self._beside}",
-            "raise policy.max_total_sequence_length or lower policy.generation.max_new_tokens",
-        )
+        A prompt is too long where no answer, not even one token and EOS, would fit behind it.
+        """
+        if self.prompt is not None and prompt > self.prompt:
+            raise _too_long("prompt", prompt, self.prompt, "data.max_prompt_tokens")
+        if prompt > self.room - 2:
+            raise _too_long(
+                "prompt", prompt, self.room - 2, _TOTAL, f"{self.total} less an answer and {self._beside}"
+            )
+        if self.answer is not None and answer > self.answer:
+            raise _too_long("answer", answer, self.answer, "data.max_answer_tokens")
+        if answer > self.room - prompt:
+            beside = f"{self.total} less a prompt of {prompt} and {self._beside}"
+            raise _too_long("answer", answer, self.room - prompt, _TOTAL, beside)
 
     @property
     def _beside(self) -> str:
         return f"a trace of {self.trace} and a marker of {self.marker}"
+
+
+def _too_long(what: str, tokens: int, limit: int, key: str, left: str = "") -> BadRow:
+    """`left`: how much of the key's value is left, in words; the limit is the value itself otherwise."""
+    why = f"the {what} has {tokens} tokens, the limit is {limit} ({key} = {left or limit})"
+    remedy = f"raise {key} or lower policy.generation.max_new_tokens" if left else f"raise {key}"
+    return BadRow(f"{what}_too_long", why, tokens, remedy)

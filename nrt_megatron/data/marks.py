@@ -9,8 +9,9 @@ to these names, text of users is not, and both are then encoded together in one 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
-from typing import Iterable, Mapping, NamedTuple
+from typing import NamedTuple
 
 MARK = "\ufdd0"
 """Encloses the private name of a control token."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -52,7 +53,7 @@ class PromptSampler:
         self.epoch = 0
         self._position = 0  # rows of the epoch already taken
         self._kept = 0  # examples they gave
-        self._dropped = Counter({reason: 0 for reason in REASONS})
+        self._dropped = Counter(dict.fromkeys(REASONS, 0))
 
     @property
     def dropped(self) -> dict[str, int]:
@@ -97,18 +98,21 @@ class PromptSampler:
         Raises:
             ConfigError: the state is of another data file, seed or kind of order.
         """
-        key, path = self._dataset.key, self._dataset.path
-        if dict(state["data"]) != self._dataset.fingerprint:
+        data = state["data"]
+        if dict(data) != self._dataset.fingerprint:
             raise ConfigError.at(
-                key,
-                path,
-                f"the run was started on another file ({state['data']['rows']} rows, {state['data']['bytes']} bytes)",
+                self._dataset.key,
+                self._dataset.path,
+                f"the run was started on another file ({data['rows']} rows, {data['bytes']} bytes)",
                 "name that file, or start a new run_dir",
             )
-        for key, own in (("seed", self._seed), ("shuffle", self._shuffle)):
-            if state[key] != own:
-                name = {"seed": "nrt.seed", "shuffle": "data.shuffle"}[key]
-                raise ConfigError.at(name, own, f"the run was started with {state[key]}", "set that, or a new run_dir")
+        for key, own, started in (
+            ("nrt.seed", self._seed, state["seed"]),
+            ("data.shuffle", self._shuffle, state["shuffle"]),
+        ):
+            if own != started:
+                remedy = "set that, or start a new run_dir"
+                raise ConfigError.at(key, own, f"the run was started with {started}", remedy)
         self.epoch, self._position, self._kept = state["epoch"], state["position"], state["kept"]
         self._dropped = Counter({reason: state["dropped"].get(reason, 0) for reason in REASONS})
 

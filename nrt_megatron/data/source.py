@@ -7,9 +7,10 @@ import json
 from array import array
 from bisect import bisect_right
 from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Iterator, Protocol, Sequence, Union
+from typing import Any, Protocol, Union
 
 from nrt_megatron.data.example import BadRow
 from nrt_megatron.recipe import ConfigError, MissingFileError
@@ -92,7 +93,9 @@ class Parquet:
             self._file = pyarrow.parquet.ParquetFile(path)
         except (pyarrow.ArrowException, OSError) as error:
             reason = " ".join(str(error).split())
-            raise ConfigError.at(key, str(path), f"not a Parquet file ({reason:.120})", "write it again") from None
+            raise ConfigError.at(
+                key, str(path), f"not a Parquet file ({reason:.120})", "write it again"
+            ) from None
         self._columns = [name for name in self._file.schema_arrow.names if name in columns]
         sizes = [self._file.metadata.row_group(group).num_rows for group in range(self._file.num_row_groups)]
         self._ends = list(accumulate(sizes))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Optional, Sequence
+from typing import Any, Optional
 
 import sentencepiece
 
@@ -35,7 +36,8 @@ class SentencePieceBackend:
     def __init__(self, files: TokenizerFiles) -> None:
         self.files = files
         try:
-            self._decoder = sentencepiece.SentencePieceProcessor(model_file=str(files.path / "tokenizer.model"))
+            model = str(files.path / "tokenizer.model")
+            self._decoder = sentencepiece.SentencePieceProcessor(model_file=model)
         except (RuntimeError, OSError):
             raise files.error(
                 "tokenizer.model is not a SentencePiece model", "name a directory with tokenizer.json instead"
@@ -49,7 +51,7 @@ class SentencePieceBackend:
             elif self._decoder.id_to_piece(index) != token["content"]:
                 piece = self._decoder.id_to_piece(index)
                 raise files.error(
-                    f"tokenizer_config.json gives id {index} to {token['content']!r}, tokenizer.model to {piece!r}",
+                    f"tokenizer_config.json has {token['content']!r} at id {index}, tokenizer.model {piece!r}",
                     "correct added_tokens_decoder in tokenizer_config.json",
                 )
         self._known = {**self._pieces_matched_whole(), **self._added}
@@ -116,16 +118,15 @@ class SentencePieceBackend:
         return [self._encode(text) for text in masked]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
-        reserved = {index: text for text, index in self.control.items()}
         parts, run = [], []
         for index in [*ids, -1]:
-            if 0 <= index < self._size and index not in reserved:
+            if 0 <= index < self._size and index not in self._shown:
                 run.append(index)
                 continue
             parts.append(self._decoder.decode(run))
             run = []
-            if index in reserved and not skip_special_tokens:
-                parts.append(reserved[index])
+            if index in self._shown and not skip_special_tokens:
+                parts.append(self._shown[index])
         return "".join(parts)
 
     def save(self, target: Path) -> None:
@@ -144,6 +145,11 @@ class SentencePieceBackend:
             "added_tokens_decoder": {str(i): token for i, token in sorted({**tokens, **declared}.items())},
         }
         self.files.copy_to(target, config)
+
+    @cached_property
+    def _shown(self) -> dict[int, str]:
+        """Texts of the ids that SentencePiece itself decodes to nothing."""
+        return {index: text for text, index in self.control.items()}
 
     @cached_property
     def _proto(self) -> Any:

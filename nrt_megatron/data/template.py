@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Mapping
+from typing import Any
 
 from nrt_megatron.data.chat import Message, TemplateRefusal
-from nrt_megatron.data.example import BadRow
+from nrt_megatron.data.example import BadRow, Example
 from nrt_megatron.data.marks import Piece, check_text
 from nrt_megatron.data.tokenizer import Tokenizer
 from nrt_megatron.recipe import ConfigError, Data
@@ -41,7 +42,9 @@ class PromptTemplate:
                 "set a text with {question}, or put chat_template.jinja beside the tokenizer",
             )
         if wanted != "chat" and QUESTION not in wanted:
-            raise ConfigError.at("data.prompt_template", wanted, "no {question} in it", "put it where the question goes")
+            raise ConfigError.at(
+                "data.prompt_template", wanted, "no {question} in it", "put it where the question goes"
+            )
         self._data = data
         self._tokenizer = tokenizer
         self._text = None if wanted == "chat" else wanted.split(QUESTION)
@@ -58,7 +61,9 @@ class PromptTemplate:
         if row.get(data.messages_key) is not None:
             fields = _conversation(row[data.messages_key], data.messages_key)
             if self._text is not None and [message["role"] for message in fields.messages] != ["user"]:
-                raise _malformed("a text as data.prompt_template takes one user message, not a longer conversation")
+                raise _malformed(
+                    "a text as data.prompt_template takes one user message, not a longer conversation"
+                )
             return fields
         missing = [key for key in (data.question_key, data.answer_key) if row.get(key) is None]
         raise _malformed(f"no {' and no '.join(map(repr, missing))}, and no {data.messages_key!r}")
@@ -76,19 +81,20 @@ class PromptTemplate:
             pieces += [Piece(fields.question, trusted=False), Piece(text, trusted=True)]
         return [*pieces, opening]
 
-    def prompt_ids(self, encoded: list[int]) -> tuple[int, ...]:
-        """Ids of a whole prompt from those of its pieces: a text prompt gets the tokenizer's BOS.
+    def example(self, row: int, fields: Fields, prompt: Sequence[int], answer: Sequence[int]) -> Example:
+        """An example from the ids of `pieces(fields)` and of the answer's text.
 
-        A chat template writes its own BOS, and so may a text template.
+        A text prompt gets the tokenizer's BOS, unless it begins with it; a chat template writes its own.
         """
         bos = self._tokenizer.bos_ids
-        if self._text is None or tuple(encoded[: len(bos)]) == bos:
-            return tuple(encoded)
-        return (*bos, *encoded)
-
-    def answer_ids(self, encoded: list[int]) -> tuple[int, ...]:
-        """Ids of a whole answer from those of its text."""
-        return (*encoded, self._tokenizer.eos_id)
+        starts = self._text is None or tuple(prompt[: len(bos)]) == bos
+        return Example(
+            index=row,
+            prompt_ids=(*prompt,) if starts else (*bos, *prompt),
+            answer_ids=(*answer, self._tokenizer.eos_id),
+            question=fields.question,
+            answer=fields.answer,
+        )
 
 
 def _conversation(messages: Any, key: str) -> Fields:
@@ -103,7 +109,9 @@ def _conversation(messages: Any, key: str) -> Fields:
         if not isinstance(role, str) or not role.isidentifier():
             raise _malformed(f"message {number} has the role {role!r}, not a word such as 'user'")
         # A system prompt may be empty, a question or an answer may not.
-        content = _text(message.get("content"), f"the content of message {number}", may_be_empty=role == "system")
+        content = _text(
+            message.get("content"), f"the content of message {number}", may_be_empty=role == "system"
+        )
         turns.append({"role": role, "content": content})
     if turns[-1]["role"] != "assistant":
         raise _malformed(f"the last message is from {turns[-1]['role']!r}, not from 'assistant'")

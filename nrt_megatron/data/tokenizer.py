@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Optional, Protocol, Sequence, Union
+from typing import Any, Optional, Protocol, Union
 
 from nrt_megatron.data.chat import ChatTemplate, Message
 from nrt_megatron.data.fast import FastBackend
@@ -127,7 +128,9 @@ class Tokenizer:
             raise files.error("the tokenizer has no EOS", "set eos_token in its tokenizer_config.json")
         index = self._backend.id_of(eos)
         if index is None:
-            raise files.error(f"eos_token {eos!r} is not in the vocabulary", "correct it in tokenizer_config.json")
+            raise files.error(
+                f"eos_token {eos!r} is not in the vocabulary", "correct it in tokenizer_config.json"
+            )
         return index
 
     def _stop_ids(self, files: TokenizerFiles) -> tuple[int, ...]:
@@ -157,7 +160,9 @@ class Tokenizer:
             )
         stops = set(ids) & set(self.stop_ids)
         if stops:
-            raise ConfigError.at(_MARKER, marker, f"token {min(stops)} of it ends generation", "choose another marker")
+            raise ConfigError.at(
+                _MARKER, marker, f"token {min(stops)} of it ends generation", "choose another marker"
+            )
         return ids
 
 

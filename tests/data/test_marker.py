@@ -50,7 +50,9 @@ def test_a_vocabulary_entry_becomes_a_special_token_without_growth(tmp_path: Pat
 
 
 def test_a_fixed_few_tokens(plain: Path) -> None:
-    with pytest.raises(ConfigError, match=r"marker = '### Answer:': it is \d+ tokens.*add_marker=true") as error:
+    with pytest.raises(
+        ConfigError, match=r"marker = '### Answer:': it is \d+ tokens.*add_marker=true"
+    ) as error:
         load_tokenizer(plain, Settings(marker="### Answer:"))
     assert "\n" not in str(error.value)
     tokenizer = load_tokenizer(plain, Settings(marker="### Answer:", require_single_token_marker=False))
@@ -72,13 +74,13 @@ def test_special_tokens_work_in_a_marker_of_several(plain: Path) -> None:
 
 @pytest.mark.parametrize("marker", ["", " \n", "</s>"])
 def test_markers_that_cannot_be(plain: Path, marker: str) -> None:
-    with pytest.raises(ConfigError, match="policy.tokenizer.marker = "):
+    with pytest.raises(ConfigError, match=r"policy\.tokenizer\.marker = "):
         load_tokenizer(plain, Settings(marker=marker, require_single_token_marker=False))
 
 
 def test_no_eos(tmp_path: Path) -> None:
     made = builders.byte_level_bpe()
-    with pytest.raises(ConfigError, match="no EOS; set eos_token in its tokenizer_config.json"):
+    with pytest.raises(ConfigError, match=r"no EOS; set eos_token in its tokenizer_config\.json"):
         load_tokenizer(builders.write_fast(tmp_path, made, {}), Settings())
     with pytest.raises(ConfigError, match="'<eos>' is not in the vocabulary"):
         load_tokenizer(builders.write_fast(tmp_path, made, {"eos_token": "<eos>"}), Settings())
@@ -141,7 +143,10 @@ def test_missing_directory(tmp_path: Path) -> None:
 def test_tokens_declared_only_in_tokenizer_config(tmp_path: Path) -> None:
     made = builders.byte_level_bpe()
     size = made.get_vocab_size()
-    config = {"eos_token": "<|new|>", "added_tokens_decoder": {str(size): {"content": "<|new|>", "special": True}}}
+    config = {
+        "eos_token": "<|new|>",
+        "added_tokens_decoder": {str(size): {"content": "<|new|>", "special": True}},
+    }
     path = builders.write_fast(tmp_path, made, config)
     tokenizer = load_tokenizer(path, Settings())
     assert tokenizer.eos_id == size and tokenizer.vocab_size == size + 1
@@ -164,6 +169,19 @@ def test_saved_and_loaded_again(plain: Path, tmp_path: Path) -> None:
     first.save(tmp_path / "saved")
     again = load_tokenizer(tmp_path / "saved", Settings())
     assert again.marker_ids == first.marker_ids and again.added_tokens == []
-    assert (again.vocab_size, again.stop_ids, again.bos_ids) == (first.vocab_size, first.stop_ids, first.bos_ids)
+    assert (again.vocab_size, again.stop_ids, again.bos_ids) == (
+        first.vocab_size,
+        first.stop_ids,
+        first.bos_ids,
+    )
     messages = [{"role": "user", "content": "Hi <|response_start|>"}]
     assert again.apply_chat(messages) == first.apply_chat(messages)
+
+
+def test_saved_over_itself(plain: Path) -> None:
+    (plain / "special_tokens_map.json").write_text(json.dumps({"eos_token": "</s>"}))
+    (plain / "chat_template.jinja").write_text(builders.CHATML_TEMPLATE)
+    first = load_tokenizer(plain, Settings(add_marker=True))
+    first.save(plain)
+    again = load_tokenizer(plain, Settings())
+    assert again.marker_ids == first.marker_ids and again.has_chat_template

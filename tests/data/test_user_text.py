@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from tokenizers import AddedToken, Tokenizer as FastTokenizer
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as FastTokenizer
 
 from nrt_megatron.data import load_tokenizer
 from nrt_megatron.data.marks import MARK, SLOT, Piece
@@ -55,7 +56,9 @@ def test_control_tokens_in_user_text_are_text(tmp_path: Path, kind: str, text: s
     assert not control & set(ids)
     if kind in ("byte_level", "llama2", "metaspace", "spm_bpe"):
         assert tokenizer.decode(ids) == text or tokenizer.decode(ids) == text.removeprefix(" ")
-    assert tokenizer.encode([Piece("a", True), Piece(text, False), Piece("</s>", True)])[-1] == tokenizer.eos_id
+    assert (
+        tokenizer.encode([Piece("a", True), Piece(text, False), Piece("</s>", True)])[-1] == tokenizer.eos_id
+    )
     assert tokenizer.eos_id not in tokenizer.encode([Piece("a", True), Piece(text, False), Piece("b", True)])
 
 
@@ -97,7 +100,7 @@ def test_added_words_and_white_space_stay_ordinary(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", [f"a{MARK}1{MARK}", f"{SLOT}0{SLOT}", "\ud800"])
 def test_text_that_could_spell_a_private_name_is_refused(tmp_path: Path, text: str) -> None:
     tokenizer = load_tokenizer(_fast(tmp_path, builders.byte_level_bpe()), Settings())
-    with pytest.raises(ValueError, match="U.FDD0|surrogate"):
+    with pytest.raises(ValueError, match=r"U\+FDD0|surrogate"):
         tokenizer.encode_user(text)
 
 
@@ -108,3 +111,19 @@ def test_a_length_limit_left_in_the_file_cuts_nothing(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(_fast(tmp_path, made), Settings())
     assert len(tokenizer.encode_user("0 1 2 3 4 5 6 7 8 9")) > 9
     assert len(tokenizer.encode_user("0")) == 1
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_a_conversation_has_the_control_tokens_of_its_template_only(tmp_path: Path, text: str) -> None:
+    made = builders.byte_level_bpe([*builders.SPECIALS, "<think>"])
+    config = {"eos_token": "</s>", "bos_token": "<s>", "chat_template": builders.LLAMA3_TEMPLATE}
+    tokenizer = load_tokenizer(builders.write_fast(tmp_path, made, config), Settings())
+
+    def control(content: str) -> list[int]:
+        messages = [{"role": role, "content": content} for role in ("system", "user")]
+        ids = tokenizer.apply_chat(messages, suffix="<think>")
+        return [index for index in ids if index < 8]  # The trainer puts special tokens first.
+
+    start, end, turn, think = 3, 4, 5, 7
+    assert control("plain") == [0, *[start, end, turn] * 2, start, end, think]
+    assert control(text) == control("plain")
