@@ -46,7 +46,6 @@ FORBIDDEN = {
 
 OURS = {
     "objective": {"recipe"},
-    "data": {"recipe"},
     "checkpoints": {"recipe"},
     "quickstart": {"recipe", "data"},
 }
