@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-from nrt_megatron.data.template import Example
+from nrt_megatron.data import Example
 from nrt_megatron.data.traces import Generated, Generator, Request
-from nrt_megatron.recipe import Recipe
+from nrt_megatron.recipe import Recipe, num_traces_per_prompt
 
 
 @dataclass(frozen=True)
@@ -36,13 +37,20 @@ def rollout(generator: Generator, examples: Sequence[Example], recipe: Recipe, s
     return Rollout(list(examples), generator.generate(request))
 
 
-def local_share(prompts: Sequence[Example], recipe: Recipe, dp_rank: int, dp_size: int) -> list[Example]:
+class Place(Protocol):
+    """Where a rank stands among the replicas of the model."""
+
+    dp_rank: int
+    dp_size: int
+
+
+def local_share(prompts: Sequence[Example], recipe: Recipe, place: Place) -> list[Example]:
     """This data-parallel rank's prompts of a global batch, mini-batch by mini-batch.
 
     A mini-batch is a contiguous run of the global batch at every data-parallel size, so that the same
     prompts are updated on together whatever the layout; each rank takes an equal run of each mini-batch.
     """
-    per_update = recipe.policy.train_global_batch_size // recipe.generations_per_prompt
-    per_rank = per_update // dp_size
+    per_update = recipe.policy.train_global_batch_size // num_traces_per_prompt(recipe)
+    per_rank = per_update // place.dp_size
     starts = range(0, len(prompts), per_update)
-    return [p for start in starts for p in prompts[start + dp_rank * per_rank : start + (dp_rank + 1) * per_rank]]
+    return [p for start in starts for p in prompts[start + place.dp_rank * per_rank : start + (place.dp_rank + 1) * per_rank]]

@@ -8,12 +8,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nrt_megatron.data.batch import ANSWER, FORMAT, NONE, TRACE, SequenceGrid, pad, place
-from nrt_megatron.data.template import Example
+from nrt_megatron.data.batch import SequenceGrid, pad, place
+from nrt_megatron.data import Example
 from nrt_megatron.data.traces import EOS, LENGTH, MARKER
-from nrt_megatron.objective import metrics as step_metrics
 from nrt_megatron.objective.advantages import group_advantages, group_token_signal
-from nrt_megatron.objective.metrics import Metrics
+from nrt_megatron.objective.loss import ANSWER, FORMAT, NONE, TRACE
+from nrt_megatron.objective.metrics import (
+    Metrics,
+    Number,
+    answer_metrics,
+    distinct_ngrams,
+    mean_of,
+    trace_maxima,
+    trace_metrics,
+)
 from nrt_megatron.objective.rewards import trace_rewards
 from nrt_megatron.recipe import NRT
 from nrt_megatron.rollout import Rollout
@@ -37,6 +45,8 @@ class Scored:
     token_signal: Tensor
     """float [N, A]"""
     metrics: Metrics
+    """Everything watched in a step and known before the update (reward, trace and answer)"""
+    maxima: dict[str, Number]
 
 
 def score(rollout: Rollout, cfg: NRT) -> Scored:
@@ -44,19 +54,25 @@ def score(rollout: Rollout, cfg: NRT) -> Scored:
     generated = rollout.generated
     G, K = generated.finish.shape
     device = generated.finish.device
-    lengths = torch.tensor([len(e.answer_ids) for e in rollout.examples], device=device).repeat_interleave(K)
+    answer_lengths = torch.tensor([len(e.answer_ids) for e in rollout.examples], device=device).repeat_interleave(K)
     log_c = generated.answer_log_probs.flatten(0, 1)  # [N, A]
     log_b = generated.baseline_log_probs.repeat_interleave(K, dim=0)  # [N, A]
-    mask = torch.arange(log_c.size(1), device=device) < lengths[:, None]
+    mask = torch.arange(log_c.size(1), device=device) < answer_lengths[:, None]
     group = torch.arange(G, device=device).repeat_interleave(K)
     worth = trace_rewards(cfg.reward_scheme, log_c, log_b, mask, cfg)
-    empty = generated.trace_lengths.flatten() == 0
-    truncated = generated.finish.flatten() == LENGTH
-    rewards = worth.final - cfg.empty_trace_penalty * empty - cfg.truncated_trace_penalty * truncated
-    advantages, advantage_metrics = group_advantages(rewards, group, cfg.center_reward_by, cfg.scale_reward_by)
-    signal, signal_metrics = group_token_signal(
-        worth.token_signal, mask, group, cfg.token_signal, cfg.center_reward_by, cfg.scale_reward_by
+    lengths, finish = generated.trace_lengths.flatten(), generated.finish.flatten()
+    rewards = worth.final - cfg.empty_trace_penalty * (lengths == 0) - cfg.truncated_trace_penalty * (finish == LENGTH)
+    advantages, of_rewards = group_advantages(
+        rewards, group, cfg.center_reward_by, cfg.scale_reward_by, noise=worth.noise
     )
+    signal, of_signal = group_token_signal(
+        worth.token_signal, mask, group, cfg.token_signal, cfg.center_reward_by, cfg.scale_reward_by, worth.token_noise
+    )
+    metrics = worth.metrics | of_rewards | of_signal | answer_metrics(log_c, log_b, mask)
+    metrics |= trace_metrics(lengths, finish == LENGTH, finish == MARKER)
+    metrics |= distinct_ngrams(generated.trace_ids.flatten(0, 1), lengths, group)
+    metrics["trace/eos_share"] = mean_of(finish == EOS)
+    metrics["trace/marker_prob"] = mean_of(generated.marker_log_probs[..., 0].exp())
     return Scored(
         rollout=rollout,
         log_c=log_c,
@@ -65,7 +81,8 @@ def score(rollout: Rollout, cfg: NRT) -> Scored:
         rewards=rewards,
         advantages=advantages,
         token_signal=signal,
-        metrics={**worth.metrics, **advantage_metrics, **signal_metrics},
+        metrics=metrics,
+        maxima=trace_maxima(lengths),
     )
 
 
@@ -142,7 +159,3 @@ def answers_only(examples: Sequence[Example], marker_ids: tuple[int, ...], devic
         eos_log_probs=nothing,
     )
 
-
-def rollout_metrics(scored: Scored, cfg: NRT) -> Metrics:
-    """Everything that is watched in a step and known before the update (section 5 of the objective)."""
-    raise NotImplementedError

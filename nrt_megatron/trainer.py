@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-
-from nrt_megatron.mcore import distributed
 from nrt_megatron.recipe import Recipe
 from nrt_megatron.rollout import local_share, rollout
 from nrt_megatron.run import Run
-from nrt_megatron.scoring import answers_only, rollout_metrics, score, sequence_grid
+from nrt_megatron.scoring import answers_only, score, sequence_grid
 from nrt_megatron.update import update
 
 
@@ -19,27 +14,20 @@ def train(recipe: Recipe) -> None:
 
     Raises ConfigError for what the user can mend (a full disk, a data row that turns out broken).
     """
-    run = Run.start(recipe)
-    cfg = recipe.nrt
-    sft = cfg.reward_scheme == "sft"
-    try:
+    with Run.start(recipe) as run:
         if run.step == 0:
             run.evaluate()
-        while run.step < cfg.max_num_steps:
-            with run.timed("data"):
-                prompts = run.sampler.next(cfg.num_prompts_per_step)
-                mine = local_share(prompts, recipe, run.runtime.dp_rank, run.runtime.dp_size)
-            if sft:
-                grid, metrics = answers_only(mine, run.marker_ids, run.runtime.device), {}
+        while run.step < recipe.nrt.max_num_steps:
+            prompts = local_share(run.sampler.next(recipe.nrt.num_prompts_per_step), recipe, run.runtime)
+            if recipe.nrt.reward_scheme == "sft":
+                grid = answers_only(prompts, run.marker_ids, run.runtime.device)
             else:
                 with run.timed("rollout"):
-                    traces = rollout(run.generator, mine, recipe, run.step + 1)
-                scored = score(traces, cfg)
-                grid, metrics = sequence_grid(scored, run.marker_ids), rollout_metrics(scored)
-                run.keep_samples(scored)
+                    traces = rollout(run.generator, prompts, recipe, run.step + 1)  # K per prompt, scored in place
+                scored = score(traces, recipe.nrt)  # c_i, b_i -> rewards -> group-relative advantages
+                grid = sequence_grid(scored, run.marker_ids)
+                run.note(scored)
             with run.timed("update"):
-                metrics |= update(run.policy, grid, recipe)
+                metrics = update(run.policy, grid, recipe)
             run.finish_step(metrics)
         run.finish()
-    finally:
-        run.close()

@@ -11,8 +11,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-NONE, TRACE, FORMAT, ANSWER = 0, 1, 2, 3
-"""What a token is to the objective: nothing, sampled, forced marker, reference answer."""
+from nrt_megatron.objective.loss import TRACE
 
 
 @dataclass(frozen=True)

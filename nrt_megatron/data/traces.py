@@ -68,9 +68,12 @@ class Generated:
     """[G, K, A]: log c_i; A is 0 when nothing was scored"""
     baseline_log_probs: Tensor
     """[G, A]: log b_i"""
-    num_forward_tokens: int = 0
-    """Tokens that went through the model for sampling."""
+    num_sampled_tokens: int = 0
+    """Tokens drawn, markers and end tokens included."""
     num_scored_tokens: int = 0
+    """Tokens teacher-forced on the cache: marker and answer, for each trace and once per prompt."""
+    scoring_seconds: float = 0.0
+    """Wall-clock seconds of the teacher-forced forwards, which run between those of the sampling."""
 
     @staticmethod
     def concatenate(parts: list[Generated], order: Tensor) -> Generated:
@@ -78,7 +81,7 @@ class Generated:
         joined = {}
         for field in fields(Generated):
             values = [getattr(p, field.name) for p in parts]
-            if isinstance(values[0], int):
+            if isinstance(values[0], (int, float)):
                 joined[field.name] = sum(values)
                 continue
             if values[0].dim() == 3 or field.name == "baseline_log_probs":

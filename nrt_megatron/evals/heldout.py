@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nrt_megatron.data.template import Example
-from nrt_megatron.data.tokenizer import Tokenizer
+from nrt_megatron.data import Example, Tokenizer
 from nrt_megatron.data.traces import Generated, Generator, Request
 from nrt_megatron.objective.metrics import Metrics
 from nrt_megatron.recipe import Evaluation

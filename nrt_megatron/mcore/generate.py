@@ -7,7 +7,7 @@ more on the prompt's cache; then the ended rows leave the batch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
 
 import torch
 import torch.distributed as dist
@@ -78,7 +78,7 @@ class _Batch:
         self.marker_log_probs = empty(self.rows, self.M)
         self.answer_log_probs = empty(self.rows, self.A)
         self.baseline = empty(self.G, self.A)
-        self.decoded_rows = 0
+        self.scored_tokens, self.scoring_seconds = 0, 0.0
         self.draws_here = owner.runtime.rank == owner.runtime.sampling_rank
         greedy = owner.cfg.temperature == 0 or request.greedy
         self.uniform = None
@@ -104,7 +104,6 @@ class _Batch:
             if not len(active):
                 break
             group = active // self.K
-            self.decoded_rows += len(active)
             logits = self.cache.forward(tokens[:, None], (self.prompt_lengths[group] + step)[:, None], None)
         return self._collect()
 
@@ -188,6 +187,7 @@ class _Batch:
 
     def _score_block(self, rows, first_row, known, fed_marker, answers, answer_lengths) -> None:
         n = len(known)
+        started = self._clock()
         # [marker (right-aligned where its head is cached) | answer without its last token]
         tokens = torch.cat([self.owner.marker.expand(n, -1), answers[:, :-1]], dim=1)  # [n, M + A - 1]
         columns = torch.arange(tokens.size(1), device=tokens.device)
@@ -197,6 +197,8 @@ class _Batch:
         output = self.cache.forward(
             tokens, (known[:, None] + offset).clamp(min=0), exists, first_row=first_row, labels=labels, keep=False
         )
+        self.scored_tokens += int(exists.sum())
+        self.scoring_seconds += self._clock() - started
         if output is None:
             return
         scored = output[0].view(n, -1)  # [n, M - 1 + A]
@@ -205,6 +207,11 @@ class _Batch:
         else:
             self.answer_log_probs[rows] = scored[:, self.M - 1 :]
             self.marker_log_probs[rows, 1:] = scored[:, : self.M - 1]
+
+    @staticmethod
+    def _clock() -> float:
+        torch.cuda.synchronize()
+        return time.perf_counter()
 
     def _labels(self, tokens: Tensor, answers: Tensor) -> ScoredTokens:
         """Scores, at each column of the block, the token that follows: marker[1:], then the answer."""
@@ -248,6 +255,7 @@ class _Batch:
             marker_log_probs=marker.view(by_group),
             answer_log_probs=answer.view(by_group),
             baseline_log_probs=baseline,
-            num_forward_tokens=int(self.prompt_lengths.sum()) + self.decoded_rows,
-            num_scored_tokens=(self.rows + self.G) * (self.M + self.A) if self.A else 0,
+            num_sampled_tokens=int(self.drawn.sum()),
+            num_scored_tokens=self.scored_tokens,
+            scoring_seconds=self.scoring_seconds,
         )

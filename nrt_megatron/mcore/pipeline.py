@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
@@ -21,10 +21,11 @@ LossFunction = Callable[[TokenBatch], LossOutput]
 class MicroBatchResult:
     """What the last stage keeps of one micro-batch; log_probs and entropy are detached, float32 [n]."""
 
-    loss_sum: Tensor
-    metrics: dict[str, tuple[Tensor, Tensor]]
+    num_sequences: int
     log_probs: Tensor
     entropy: Tensor
+    loss: LossOutput | None
+    """None in a forward without a loss; its tensors are detached."""
 
 
 def _forward_step(loss_fn: LossFunction | None, device: torch.device):
@@ -43,9 +44,9 @@ def _forward_step(loss_fn: LossFunction | None, device: torch.device):
         def reduce(output: Tensor) -> tuple[Tensor, Tensor, MicroBatchResult]:
             log_probs, entropy = output
             count = torch.tensor(batch.num_sequences, dtype=torch.int, device=output.device)
+            result = MicroBatchResult(batch.num_sequences, log_probs.detach(), entropy.detach(), None)
             if loss_fn is None:
-                zero = log_probs.sum() * 0
-                return zero, count, MicroBatchResult(zero, {}, log_probs.detach(), entropy.detach())
+                return log_probs.sum(), count, result
             loss = loss_fn(
                 TokenBatch(
                     log_probs=log_probs,
@@ -58,8 +59,7 @@ def _forward_step(loss_fn: LossFunction | None, device: torch.device):
                     entropy=entropy.detach(),
                 )
             )
-            result = MicroBatchResult(loss.loss_sum.detach(), loss.metrics, log_probs.detach(), entropy.detach())
-            return loss.loss_sum, count, result
+            return loss.loss_sum, count, replace(result, loss=loss.detached())
 
         return output, reduce
 

@@ -14,7 +14,7 @@ from nrt_megatron.convert.vocabulary import NewTokens
 from nrt_megatron.data.batch import MicroBatch
 from nrt_megatron.mcore import pipeline
 from nrt_megatron.mcore.hf import WeightSource, load_hf_weights
-from nrt_megatron.mcore.model import PolicyModel, build_chunks, wrap_for_training
+from nrt_megatron.mcore.model import PolicyModel, build_chunks, use_transformer_engine, wrap_for_training
 from nrt_megatron.mcore.optim import build_optimizer, build_scheduler
 from nrt_megatron.mcore.runtime import Runtime
 from nrt_megatron.recipe import Policy as PolicyRecipe
@@ -41,6 +41,12 @@ class MegatronPolicy:
         self.ddp: list[DistributedDataParallel] = []
         self.optimizer: MegatronOptimizer
         self.scheduler: OptimizerParamScheduler
+
+    @property
+    def layers(self) -> str:
+        """Which layers run, for the user."""
+        kind = "Transformer Engine" if use_transformer_engine(self.recipe.megatron_cfg) else "Megatron local"
+        return f"{kind} layers, {'bf16' if self.recipe.megatron_cfg.bf16 else 'fp32'}"
 
     def load(self, source: WeightSource, shape: ModelShape, new_tokens: NewTokens | None = None) -> None:
         """Fills the weights from Hugging Face tensors of `shape`, each rank its own slices.

@@ -1,35 +1,57 @@
-"""Metrics over all ranks in two all-reduces."""
+"""Metrics of a step: collected on each rank, reduced over all of them in two all-reduces."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 
 from nrt_megatron.mcore.runtime import Runtime
+from nrt_megatron.objective.metrics import Metrics, Number
 
 
-def reduce_metrics(
-    runtime: Runtime,
-    sums: Mapping[str, tuple[float | torch.Tensor, float | torch.Tensor]],
-    maxima: Mapping[str, float | torch.Tensor],
-    *,
-    contributes: bool,
-) -> dict[str, float]:
-    """Means sum / count and maxima over the ranks that contribute (one of each model replica).
+@dataclass
+class StepMetrics:
+    """What one rank knows of a step. Every rank has the same names, with zero counts where it knows nothing."""
 
-    Every rank passes the same keys in any order. A mean without any count is left out: nothing happened that
-    could be averaged.
-    """
-    names, peaks = sorted(sums), sorted(maxima)
-    pairs = torch.zeros(len(names), 2, dtype=torch.float64)
-    tops = torch.full((len(peaks),), -torch.inf, dtype=torch.float64)
-    if contributes:
-        pairs = torch.tensor([[float(x) for x in sums[n]] for n in names], dtype=torch.float64).reshape(-1, 2)
-        tops = torch.tensor([float(maxima[n]) for n in peaks], dtype=torch.float64)
-    pairs, tops = pairs.to(runtime.device), tops.to(runtime.device)
-    dist.all_reduce(pairs)
-    dist.all_reduce(tops, dist.ReduceOp.MAX)
-    means = {n: s / c for n, (s, c) in zip(names, pairs.tolist()) if c}
-    return means | {n: v for n, v in zip(peaks, tops.tolist()) if v > -torch.inf}
+    sums: Metrics = field(default_factory=dict)
+    """name -> (sum, count): reported as sum / count over all replicas"""
+    maxima: dict[str, Number] = field(default_factory=dict)
+    tokens: dict[str, float] = field(default_factory=dict)
+    """phase -> tokens of this replica: reported as the sum over replicas, `tokens/PHASE`"""
+    values: dict[str, float] = field(default_factory=dict)
+    """Numbers that are the same on all ranks."""
+
+    def add(self, sums: Metrics, maxima: Mapping[str, Number] | None = None) -> None:
+        """Adds sums and counts, and keeps the larger maxima."""
+        for name, (total, count) in sums.items():
+            old = self.sums.get(name, (0.0, 0.0))
+            self.sums[name] = (old[0] + total, old[1] + count)
+        for name, value in (maxima or {}).items():
+            self.maxima[name] = max(float(value), float(self.maxima.get(name, -torch.inf)))
+
+    def reduce(self, runtime: Runtime) -> dict[str, float]:
+        """The row of a step. Collective: every rank calls it; one rank of each model replica contributes.
+
+        A mean without any count is left out: nothing happened that could be averaged.
+        """
+        contributes = runtime.rank == runtime.sampling_rank
+        names, phases, peaks = sorted(self.sums), sorted(self.tokens), sorted(self.maxima)
+        rows = [self.sums[n] for n in names] + [(self.tokens[p], 0.0) for p in phases]
+        pairs = _table(rows, (0.0, 0.0), contributes).to(runtime.device)  # [names + phases, 2]
+        tops = _table([(self.maxima[n],) for n in peaks], (-torch.inf,), contributes).to(runtime.device)
+        dist.all_reduce(pairs)
+        dist.all_reduce(tops, dist.ReduceOp.MAX)
+        totals = pairs.tolist()
+        row = {n: s / c for n, (s, c) in zip(names, totals) if c}
+        row |= {f"tokens/{p}": s for p, (s, _) in zip(phases, totals[len(names) :])}
+        row |= {n: v for n, (v,) in zip(peaks, tops.tolist()) if v > -torch.inf}
+        return row | self.values
+
+
+def _table(rows: list[tuple[Number, ...]], nothing: tuple[float, ...], contributes: bool) -> torch.Tensor:
+    """float64 [rows, width]; filled with `nothing` on ranks that do not contribute."""
+    filled = [[float(x) for x in row] if contributes else list(nothing) for row in rows]
+    return torch.tensor(filled, dtype=torch.float64).reshape(-1, len(nothing))

@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 
 from nrt_megatron.convert.config import ModelShape
-from nrt_megatron.data.batch import ANSWER, FORMAT, NONE, TRACE, SequenceGrid
+from nrt_megatron.data.batch import SequenceGrid
 from nrt_megatron.mcore import runtime
 from nrt_megatron.mcore.policy import MegatronPolicy
+from nrt_megatron.objective.loss import ANSWER, FORMAT, NONE, TRACE
 from nrt_megatron.recipe import Megatron, Optimizer, Policy, Recipe, Scheduler
 
 VOCAB = 100

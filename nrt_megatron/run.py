@@ -1,0 +1,207 @@
+"""A run on one rank: what it is made of, where it stands, and what it writes."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+
+from nrt_megatron.checkpoints import CheckpointMeta, is_checkpoint
+from nrt_megatron.convert.seeded import SeededWeights
+from nrt_megatron.convert.vocabulary import NewTokens
+from nrt_megatron.data import PromptSampler
+from nrt_megatron.evals.heldout import Evaluator
+from nrt_megatron.mcore import HAS_GPU, checkpoint, runtime
+from nrt_megatron.mcore.generate import MegatronGenerator
+from nrt_megatron.mcore.policy import MegatronPolicy
+from nrt_megatron.mcore.reduce import StepMetrics
+from nrt_megatron.preflight import Inputs, load_inputs
+from nrt_megatron.recipe import Recipe, num_updates_per_step, to_yaml
+from nrt_megatron.report import MetricsWriter, Progress, SamplesWriter, print_summary, read_metrics, samples_of
+from nrt_megatron.scoring import Scored
+
+
+class Run:
+    """Everything the training loop acts on. Every rank has one; only the main rank writes and speaks."""
+
+    def __init__(self, recipe: Recipe, place: runtime.Runtime, inputs: Inputs, policy: MegatronPolicy):
+        self.recipe, self.runtime, self.inputs, self.policy = recipe, place, inputs, policy
+        self.directory = Path(recipe.run_dir)
+        self.sampler = PromptSampler(inputs.train, recipe.nrt.seed, recipe.data.shuffle)
+        self.marker_ids = inputs.tokenizer.marker_ids
+        self.step = 0
+        """Steps done."""
+        self.last_checkpoint = inputs.resume_from
+        self._rollout = StepMetrics()
+        self._times: dict[str, float] = {}
+        self._open = ExitStack()
+        tokenizer = inputs.tokenizer
+        self.generator = self._generator(self.marker_ids, tokenizer.stop_ids)
+        self.evaluator = Evaluator(
+            traces=self.generator,
+            answers=self._generator((tokenizer.eos_id,), tokenizer.stop_ids),
+            tokenizer=tokenizer,
+            cfg=recipe.evaluation,
+            max_new_tokens=recipe.policy.generation.max_new_tokens,
+        )
+        self.questions = _questions(inputs, recipe.evaluation.num_questions)
+
+    def _generator(self, marker_ids: tuple[int, ...], stop_ids: tuple[int, ...]) -> MegatronGenerator:
+        return MegatronGenerator(
+            self.runtime,
+            self.policy.chunks,
+            self.recipe.policy.generation,
+            marker_ids=marker_ids,
+            stop_ids=stop_ids,
+            vocab_size=self.inputs.shape.vocab_size,
+            seed=self.recipe.nrt.seed,
+        )
+
+    @classmethod
+    def start(cls, recipe: Recipe) -> Run:
+        """Joins the ranks, builds the policy, and continues from the run's last checkpoint if there is one."""
+        place = runtime.initialize(recipe)
+        with place.phase("start"):
+            inputs = load_inputs(recipe)
+            updates = recipe.nrt.max_num_steps * num_updates_per_step(recipe)
+            policy = MegatronPolicy(place, recipe.policy, inputs.shape, updates)
+            if inputs.resume_from is None:
+                fill_weights(policy, recipe, inputs)
+            policy.prepare_for_training()
+            run = cls(recipe, place, inputs, policy)
+            if inputs.resume_from is not None:
+                common = checkpoint.load(inputs.resume_from, policy)
+                run.sampler.load_state_dict(common["sampler"])
+                run.step = common["step"]
+        return run
+
+    def __enter__(self) -> Run:
+        if self.runtime.is_main:
+            resumed = self.step or None
+            self.directory.mkdir(parents=True, exist_ok=True)
+            (self.directory / "recipe.yaml").write_text(to_yaml(self.recipe))
+            self._metrics = MetricsWriter(self.directory, resumed, self.recipe.logger.tensorboard)
+            self._samples = SamplesWriter(self.directory, resumed)
+            self._open.callback(self._metrics.close)
+            self._open.callback(self._samples.close)
+            self._progress = self._open.enter_context(Progress(self.recipe.nrt.max_num_steps, self.step))
+            self._progress.say(self._greeting())
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._open.close()
+        if error[0] is None:
+            runtime.shutdown()
+
+    def _greeting(self) -> str:
+        place, origin = self.runtime, self.last_checkpoint or self.recipe.policy.model.path or "random weights"
+        layout = f"TP {place.tp_size} x PP {place.pp_size} x DP {place.dp_size}"
+        return f"{'continuing' if self.step else 'starting'} from {origin}: {layout}, {self.policy.layers}, {place.device.type}"
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Names the phase for time-outs and adds its seconds to the step's `time/` metrics."""
+        with self.runtime.phase(f"{phase}, step {self.step + 1}"):
+            started = time.perf_counter()
+            yield
+            torch.cuda.synchronize()
+            self._times[phase] = self._times.get(phase, 0.0) + time.perf_counter() - started
+
+    def note(self, scored: Scored) -> None:
+        """Takes in what the rollout showed, and writes samples when they are due."""
+        generated, logger = scored.rollout.generated, self.recipe.logger
+        self._rollout = StepMetrics(dict(scored.metrics), dict(scored.maxima))
+        self._rollout.tokens |= {"rollout": generated.num_sampled_tokens, "scoring": generated.num_scored_tokens}
+        self._times["scoring"] = generated.scoring_seconds
+        self._times["rollout"] -= generated.scoring_seconds
+        step = self.step + 1
+        if self.runtime.is_main and logger.samples_every and (step == 1 or step % logger.samples_every == 0):
+            self._samples.write(samples_of(scored, self.inputs.tokenizer, step, logger.samples_num_prompts))
+
+    def finish_step(self, metrics: StepMetrics) -> None:
+        """Counts the step; evaluates, writes its row and saves a checkpoint, each if due."""
+        self.step += 1
+        cfg = self.recipe
+        metrics.add(self._rollout.sums, self._rollout.maxima)
+        metrics.tokens |= self._rollout.tokens
+        metrics.values |= {f"time/{phase}": seconds for phase, seconds in self._times.items()}
+        metrics.values |= {f"data/dropped_{reason}": count for reason, count in self.sampler.dropped.items()}
+        metrics.maxima["memory/peak_bytes"] = _peak_memory()
+        self._rollout, self._times = StepMetrics(), {}
+        last = self.step == cfg.nrt.max_num_steps
+        row = metrics.reduce(self.runtime)
+        if last or (cfg.evaluation.every and self.step % cfg.evaluation.every == 0):
+            row |= self._evaluate()
+        self._write(row)
+        if last or self.step % cfg.checkpointing.every == 0:
+            self.save()
+
+    def evaluate(self) -> None:
+        """Evaluates before the first step, in a row of its own."""
+        self._write(self._evaluate())
+
+    def _evaluate(self) -> dict[str, float]:
+        if not self.questions:
+            return {}
+        with self.runtime.phase(f"evaluation, step {self.step}"):
+            share = self.questions[self.runtime.dp_rank :: self.runtime.dp_size]
+            return StepMetrics(self.evaluator.run(share)).reduce(self.runtime)
+
+    def _write(self, row: dict[str, float]) -> None:
+        if self.runtime.is_main and row:
+            self._progress.show(self._metrics.write({"step": self.step, **row}))
+
+    def save(self) -> None:
+        """Writes a checkpoint of the current step. Raises StorageError when the disk does not take it."""
+        with self.runtime.phase(f"checkpoint, step {self.step}"):
+            self.last_checkpoint = checkpoint.save(
+                self.directory / "checkpoints",
+                self.policy,
+                CheckpointMeta(self.step, self.runtime.world_size, self.inputs.shape.to_hf()),
+                {"step": self.step, "sampler": self.sampler.state_dict()},
+                recipe_yaml=to_yaml(self.recipe),
+                save_tokenizer=self.inputs.tokenizer.save,
+                keep_last=self.recipe.checkpointing.keep_last,
+            )
+
+    def finish(self) -> None:
+        """Shows the summary of the whole run."""
+        if self.runtime.is_main:
+            self._open.close()
+            print_summary(read_metrics(self.directory), self.directory, self.last_checkpoint)
+
+
+def _questions(inputs: Inputs, number: int) -> list:
+    return [] if inputs.validation is None else inputs.validation.take(number)[0]
+
+
+def _peak_memory() -> float:
+    """Bytes: of the GPU's allocator, or resident on a CPU."""
+    if HAS_GPU:
+        return float(torch.cuda.max_memory_allocated())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+
+
+def fill_weights(policy: MegatronPolicy, recipe: Recipe, inputs: Inputs) -> None:
+    """Initial weights: from `policy.model`, with rows for added tokens; seeded by name where it is inline."""
+    model, stored = recipe.policy.model, inputs.stored_shape
+    if model.config is not None:
+        policy.load(SeededWeights(inputs.shape, recipe.nrt.seed), inputs.shape)
+    elif is_checkpoint(Path(model.path)):
+        checkpoint.load_weights(Path(model.path), policy)
+    else:
+        policy.load(model.path, stored, new_tokens(recipe, inputs))
+
+
+def new_tokens(recipe: Recipe, inputs: Inputs) -> NewTokens | None:
+    """How the embeddings of added tokens start, None when the vocabulary is the checkpoint's."""
+    tokenizer, init = inputs.tokenizer, recipe.policy.tokenizer.marker_init
+    if not tokenizer.added_tokens:
+        return None
+    ids = tuple(range(tokenizer.vocab_size - len(tokenizer.added_tokens), tokenizer.vocab_size))
+    like = {"mean": None, "eos": (tokenizer.eos_id,)}.get(init, tuple(tokenizer.encode_user(init)))
+    return NewTokens(ids=ids, base_size=ids[0], like=like)

@@ -1,0 +1,46 @@
+"""The optimizer updates of one step, mini-batch by mini-batch."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+from nrt_megatron.data.batch import SequenceGrid, micro_batches
+from nrt_megatron.mcore.policy import MegatronPolicy
+from nrt_megatron.mcore.reduce import StepMetrics
+from nrt_megatron.objective.loss import LOSS_MAXIMA, LOSS_METRICS, nrt_loss
+from nrt_megatron.recipe import Recipe
+
+
+def update(policy: MegatronPolicy, grid: SequenceGrid, recipe: Recipe) -> StepMetrics:
+    """Updates the policy on this rank's sequences, in the order in which their prompts were drawn.
+
+    The sequences of a mini-batch are cut into micro-batches by length; sums over tokens are divided once, by
+    the loss normaliser and the number of sequences of the global mini-batch, so the result does not depend on
+    the cut. Metrics of the loss are known on the last pipeline stage alone and zero counts elsewhere.
+    """
+    per_rank = recipe.policy.train_global_batch_size // policy.runtime.dp_size
+    loss_fn = partial(nrt_loss, settings=recipe.nrt)
+    megatron = recipe.policy.megatron_cfg
+    total = StepMetrics()
+    for index in torch.arange(len(grid), device=grid.tokens.device).split(per_rank):
+        batches = micro_batches(
+            grid,
+            index,
+            recipe.policy.train_micro_batch_size,
+            temperature=recipe.policy.generation.temperature,
+            pad_multiple=megatron.tensor_model_parallel_size if megatron.sequence_parallel else 1,
+        )
+        done = policy.update(batches, loss_fn)
+        fed = sum(batch.tokens.numel() for batch in batches)
+        used = sum(batch.num_tokens - batch.num_sequences for batch in batches)  # last tokens are targets only
+        total.add({name: (0.0, 0.0) for name in ("loss", *LOSS_METRICS)}, dict.fromkeys(LOSS_MAXIMA, -torch.inf))
+        for result in done.results:
+            total.add(result.loss.metrics | {"loss": (result.loss.loss_sum.detach(), result.num_sequences)})
+            total.add({}, result.loss.maxima)
+        total.add({"update/padding_share": (fed - used, fed), "grad_norm": (done.grad_norm, 1.0)})
+        total.add({"update/skipped_share": (float(not done.applied), 1.0)})
+        total.values |= {"lr": done.lr}
+        total.tokens["update"] = total.tokens.get("update", 0) + used
+    return total
