@@ -7,8 +7,8 @@ find out that they pay. It selects a style of trace here, it does not discover o
 
 A sequence `x | z | m | y*` in characters (lead words are one token each):
 
-    314104220113<think>s348999135568 ... </think>so=2<eos>      running sums, the last one is the answer
-    314104220113<think></think>hence=2<eos>                     the empty trace
+    314104220113<think>s348993577892</think>so=2<eos>     running sums, the last one is the answer
+    314104220113<think></think>hence=2<eos>               the empty trace
 
 Recipe values that go with it:
 
@@ -38,7 +38,9 @@ def prepare(name: str, root: str | Path = "runs") -> None:
     an unknown name, and when the directory in question was not made by this function or was changed since.
     """
     if name not in PREPARATIONS:
-        raise ConfigError(f"prepare: no built-in preparation {name!r}; use one of: {', '.join(PREPARATIONS)}")
+        raise ConfigError.at(
+            "prepare", name, "unknown preparation", f"choose {', '.join(PREPARATIONS)} or null"
+        )
     from nrt_megatron.quickstart import tiny_sum
 
     tiny_sum.prepare(Path(root) / "tiny-sum", tiny_sum.Settings())

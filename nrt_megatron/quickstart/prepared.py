@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import shutil
@@ -13,6 +14,7 @@ from typing import Any
 from nrt_megatron.recipe import ConfigError
 
 RECORD = "PREPARED.json"
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def sha256(path: Path) -> str:
@@ -36,7 +38,9 @@ def is_prepared(target: Path, settings: dict[str, Any]) -> bool:
         record = json.loads((target / RECORD).read_text())
         files, made_with = dict(record["files"]), record["settings"]
     except (OSError, ValueError, KeyError, TypeError):
-        raise ConfigError(f"prepare: {target} exists without a readable {RECORD}; move it away or {again}") from None
+        raise ConfigError(
+            f"prepare: {target} exists without a readable {RECORD}; move it away or {again}"
+        ) from None
     if made_with != settings:
         raise ConfigError(f"prepare: {target} was made with other settings (see its {RECORD}); {again}")
     for name, digest in files.items():
@@ -52,8 +56,20 @@ def make(target: Path, settings: dict[str, Any], build: Callable[[Path, Path], d
     """Runs `build(directory, scratch)` beside `target` and renames the directory into place; scratch is deleted.
 
     `build` returns what it measured, kept in PREPARED.json next to the settings and the files' digests. When
-    another process made the same in the meantime, its result stays.
+    another process made the same in the meantime, its result stays. Raises ConfigError when the disk is full or
+    closed to us.
     """
+    try:
+        _make(target, settings, build)
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        raise ConfigError(
+            f"prepare: {target} cannot be made ({error.strerror}); make room for it or start in another directory"
+        ) from None
+
+
+def _make(target: Path, settings: dict[str, Any], build: Callable[[Path, Path], dict[str, Any]]) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:

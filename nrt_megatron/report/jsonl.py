@@ -59,7 +59,8 @@ class StepLog:
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.exists():
                 self._keep_until(-1 if resume_step is None else resume_step)
-            self._file = path.open("ab", buffering=0)  # a failed row must not come back when the file is closed
+            # Unbuffered: a row that could not be written must not come back when the file is closed.
+            self._file = path.open("ab", buffering=0)
 
     def _keep_until(self, step: int) -> None:
         temporary = self._path.with_name(f".{self._path.name}.tmp")

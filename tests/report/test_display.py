@@ -87,11 +87,15 @@ def test_time_left_follows_the_mean_step_and_leaves_evaluations_out(monkeypatch)
 
 
 def cells(text):
-    return {parts[0]: parts[1:] for line in text.splitlines() if len(parts := [c.strip() for c in line.split("│")[1:-1]]) > 1}
+    """Rows of a table by their first cell."""
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in text.splitlines()]
+    return {row[0]: row[1:] for row in rows if row}
 
 
 def test_summary_compares_first_and_last():
-    text = printed(lambda console: print_summary(rows(), Path("runs/x"), Path("runs/x/checkpoints/step_2"), console))
+    text = printed(
+        lambda console: print_summary(rows(), Path("runs/x"), Path("runs/x/checkpoints/step_2"), console)
+    )
     table = cells(text)
     assert table["held out"] == ["step 0", "step 2"]
     assert table["accuracy, sampled trace"] == ["0.210", "0.930"]
@@ -100,10 +104,16 @@ def test_summary_compares_first_and_last():
     assert table["P(y*) per token, without trace"] == ["0.400", "0.400"]
     assert table["training"] == ["step 1", "step 2"]
     assert table["trace reward"] == ["0.600", "0.800"]
-    assert table["rollout (tokens/s, mean)"] == ["", "2.0k"]  # 6000 tokens in 3 s, not the mean of 1500 and 3000
+    assert table["rollout (tokens/s, mean)"] == [
+        "",
+        "2.0k",
+    ]  # 6000 tokens in 3 s, not the mean of 1500 and 3000
     assert table["peak memory of a rank"] == ["", "1.50 GiB"]
     assert "accuracy, no trace" not in table and "scoring (tokens/s, mean)" not in table
-    assert text.splitlines()[-2:] == ["checkpoint  runs/x/checkpoints/step_2", "metrics     runs/x/metrics.jsonl"]
+    assert text.splitlines()[-2:] == [
+        "checkpoint  runs/x/checkpoints/step_2",
+        "metrics     runs/x/metrics.jsonl",
+    ]
 
 
 @pytest.mark.parametrize("count", [0, 1, 2])
