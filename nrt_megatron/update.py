@@ -31,6 +31,7 @@ def update(policy: MegatronPolicy, grid: SequenceGrid, recipe: Recipe) -> StepMe
             recipe.policy.train_micro_batch_size,
             temperature=recipe.policy.generation.temperature,
             pad_multiple=megatron.tensor_model_parallel_size if megatron.sequence_parallel else 1,
+            same_width=megatron.virtual_pipeline_model_parallel_size is not None,
         )
         done = policy.update(batches, loss_fn)
         fed = sum(batch.tokens.numel() for batch in batches)

@@ -124,15 +124,17 @@ class MicroBatch:
         )
 
 
-def micro_batch(grid: SequenceGrid, index: Tensor, *, temperature: float, pad_multiple: int = 1) -> MicroBatch:
+def micro_batch(
+    grid: SequenceGrid, index: Tensor, *, temperature: float, pad_multiple: int = 1, at_least: int = 0
+) -> MicroBatch:
     """The sequences `index` as rows of one forward.
 
     temperature: of the sampler; sampled tokens are scored at it, all others at 1. pad_multiple: the width is
-    rounded up to it (tensor-parallel size under sequence parallelism).
+    rounded up to it (tensor-parallel size under sequence parallelism). at_least: room for sequences this long.
     """
     part = grid.rows(index)
     b, width = part.tokens.shape
-    fed = -(-(width - 1) // pad_multiple) * pad_multiple
+    fed = -(-(max(width, at_least) - 1) // pad_multiple) * pad_multiple
     tokens = torch.zeros(b, fed, dtype=torch.int64, device=part.tokens.device)
     shown = part.tokens[:, : min(fed, width)].clamp(min=0)
     tokens[:, : shown.size(1)] = shown
@@ -163,10 +165,15 @@ def micro_batch(grid: SequenceGrid, index: Tensor, *, temperature: float, pad_mu
 
 
 def micro_batches(
-    grid: SequenceGrid, index: Tensor, size: int, *, temperature: float, pad_multiple: int = 1
+    grid: SequenceGrid, index: Tensor, size: int, *, temperature: float, pad_multiple: int = 1, same_width: bool = False
 ) -> list[MicroBatch]:
-    """`index` in micro-batches of `size` sequences, neighbours in length together so that little is padded."""
+    """`index` in micro-batches of `size` sequences, neighbours in length together so that little is padded.
+
+    same_width: all are as wide as the widest, for schedules that exchange tensors of one shape.
+    """
     by_length = index[grid.lengths[index].argsort(stable=True, descending=True)]
+    at_least = int(grid.lengths[index].max()) if same_width else 0
     return [
-        micro_batch(grid, part, temperature=temperature, pad_multiple=pad_multiple) for part in by_length.split(size)
+        micro_batch(grid, part, temperature=temperature, pad_multiple=pad_multiple, at_least=at_least)
+        for part in by_length.split(size)
     ]

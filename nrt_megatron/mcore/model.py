@@ -171,7 +171,10 @@ def transformer_config(shape: ModelShape, cfg: Megatron, **overrides) -> Transfo
                 recompute_granularity=cfg.recompute_granularity,
                 recompute_method=cfg.recompute_method,
                 recompute_num_layers=cfg.recompute_num_layers,
-                variable_seq_lengths=True,  # micro-batches are as long as their longest sequence
+                # Micro-batches are as long as their longest sequence. Not with virtual stages: at PP 2 both
+                # neighbours are one rank, and Megatron's exchange of shapes takes one for the other.
+                variable_seq_lengths=cfg.virtual_pipeline_model_parallel_size is None,
+                overlap_p2p_comm=cfg.virtual_pipeline_model_parallel_size is not None,
                 moe_token_dispatcher_type="alltoall",  # no experts here, but the default refuses the line above
                 batch_p2p_comm=False,
                 calculate_per_token_loss=True,  # (sum, count): the loss is divided in one place
@@ -204,7 +207,24 @@ def build_chunks(shape: ModelShape, cfg: Megatron, **config_overrides) -> list[P
                 pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
             )
         )
+        mark_tensor_parallel(chunks[-1])
     return chunks
+
+
+def mark_tensor_parallel(chunk: PolicyModel) -> None:
+    """Tells the optimizer which weights are shards, so that the gradient norm counts each of them.
+
+    Megatron's local layers set the mark while drawing initial weights, which is skipped here; unmarked, the
+    shards of all tensor ranks but the first would be taken for copies.
+    """
+    axes = {
+        tensor_parallel.ColumnParallelLinear: 0,
+        tensor_parallel.VocabParallelEmbedding: 0,
+        tensor_parallel.RowParallelLinear: 1,
+    }
+    for module in chunk.modules():
+        if type(module) in axes and module.weight is not None:
+            tensor_parallel.set_tensor_model_parallel_attributes(module.weight, True, axes[type(module)], 1)
 
 
 def wrap_for_training(chunks: list[PolicyModel], cfg: Megatron) -> list[DistributedDataParallel]:

@@ -60,7 +60,8 @@ def recipe(*, mbs: int = 1, **megatron) -> Recipe:
         policy=Policy(
             train_micro_batch_size=mbs,
             megatron_cfg=Megatron(make_vocab_size_divisible_by=8, **megatron),
-            optimizer=Optimizer(lr=1e-2, adam_eps=1e-8),
+            # Adam divides by |g|: with a small epsilon an entry whose gradient is rounding would move at random.
+            optimizer=Optimizer(lr=1e-2, adam_eps=1e-5),
             scheduler=Scheduler(lr_warmup_fraction=0.0),
         )
     )
