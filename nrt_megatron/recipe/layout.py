@@ -59,7 +59,7 @@ def check_ranks(recipe: Recipe) -> None:
         problem = f"{world} ranks cannot be split into replicas of TP {tp} x PP {pp} = {replica}"
         near = sorted({max(world // replica, 1) * replica, (world // replica + 1) * replica})
         fitting = _nearest([n for n in _divisors(world) if n < tp], tp) if pp == 1 else []
-        other = f", or {_TP} to {_listed(fitting)}" if fitting else ""
+        other = f", or {_TP} to {_listed(fitting)}" if fitting else ", or lower TP or PP" if pp > 1 else ""
         key, value = _world_key(recipe) if replica < world else (_TP, tp) if tp > 1 else (_PP, pp)
         raise ConfigError.at(key, value, problem, f"set ranks in all to {_listed(near)}{other}")
 
