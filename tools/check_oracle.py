@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from oracle import losses, rewards
 from oracle.findings import TOLERANCE, Findings
 
@@ -37,7 +38,7 @@ def _load(path: Path, key: str) -> dict[str, Any]:
 
 
 def _check(room: Any, data: dict, verbose: bool) -> tuple[Findings, list[dict]]:
-    findings, outcomes = Findings(room.NAMES, room.GRADIENT_NAMES, verbose), []
+    findings, outcomes = Findings(room.NAMES, room.OPTIONAL, verbose), []
     if data["format"] != room.FORMAT:
         findings.failures.append(f"unknown format {data['format']!r}, expected {room.FORMAT!r}")
         return findings, outcomes
@@ -49,8 +50,26 @@ def _check(room: Any, data: dict, verbose: bool) -> tuple[Findings, list[dict]]:
     return findings, outcomes
 
 
+def examine(reward_data: dict | None, loss_data: dict | None, verbose: bool = False) -> dict[str, Any]:
+    """The JSON line for the contents of the two files; None leaves a file out."""
+    line: dict[str, Any] = {"ok": False, "tolerance": TOLERANCE, "dtype": "float64"}
+    degenerate, failures = [], []
+    for key, room, data in (("rewards", rewards, reward_data), ("loss", losses, loss_data)):
+        if data is not None:
+            findings, outcomes = _check(room, data, verbose)
+            line[key] = findings.summary()
+            failures += findings.failures
+            degenerate += outcomes
+    if reward_data is not None and not failures:
+        line["cap_on_inverse_prob_weight"] = None
+        line["tokens_above_default_cap"] = rewards.tokens_above_default_cap(reward_data)
+    return {**line, "ok": not failures, "degenerate": degenerate, "failures": failures}
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rewards", type=Path, required=True, metavar="FILE")
     parser.add_argument("--loss", type=Path, required=True, metavar="FILE")
     parser.add_argument("--verbose", action="store_true", help="print every comparison to stderr")
@@ -61,22 +80,9 @@ def main() -> int:
         print(f"check_oracle: {error}", file=sys.stderr)
         return 2
     torch.set_num_threads(1)
-    reward_findings, degenerate = _check(rewards, reward_data, args.verbose)
-    loss_findings, _ = _check(losses, loss_data, args.verbose)
-    parts = {"rewards": reward_findings.summary(), "loss": loss_findings.summary()}
-    failures = reward_findings.failures + loss_findings.failures
-    line = {
-        "ok": not failures,
-        "tolerance": TOLERANCE,
-        "dtype": "float64",
-        "cap_on_inverse_prob_weight": None,
-        "tokens_above_default_cap": rewards.tokens_above_default_cap(reward_data) if not failures else None,
-        **parts,
-        "degenerate": degenerate,
-        "failures": failures,
-    }
-    print(json.dumps(line))
-    return 1 if failures else 0
+    line = examine(reward_data, loss_data, args.verbose)
+    print(json.dumps(line, allow_nan=False))
+    return 0 if line["ok"] else 1
 
 
 if __name__ == "__main__":

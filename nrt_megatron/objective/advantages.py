@@ -74,7 +74,13 @@ def group_advantages(
 
 @torch.no_grad()
 def group_token_signal(
-    signal: Tensor, mask: Tensor, group: Tensor, kind: str, center: str, scale: str, noise: Tensor | None = None
+    signal: Tensor,
+    mask: Tensor,
+    group: Tensor,
+    kind: str,
+    center: str,
+    scale: str,
+    noise: Tensor | None = None,
 ) -> tuple[Tensor, Metrics]:
     """Weight s_i of each answer token in the token loss.
 

@@ -7,15 +7,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from oracle.findings import Findings, NotComparable, compare
 from torch import Tensor
 
 from nrt_megatron.objective import loss as nrt
 from nrt_megatron.recipe import NRT, PRESETS
+from oracle.findings import Findings, NotComparable, compare
 
 FORMAT = "nrt-oracle-loss/1"
 NAMES = ("trace", "format", "token", "cross_entropy", "combined")
-GRADIENT_NAMES = ("grad_trace", "grad_marker", "grad_answer", "grad_padding")
+OPTIONAL = ("grad_trace", "grad_marker", "grad_answer", "grad_padding")
 LOSSES = {
     "trace_loss": "trace",
     "response_prefix_loss": "format",
@@ -27,7 +27,10 @@ SEGMENTS = {"grad_trace": "trace", "grad_prefix": "prefix", "grad_answer": "answ
 GRADIENTS = {"grad_trace": "grad_trace", "grad_prefix": "grad_marker", "grad_answer": "grad_answer"}
 WEIGHTS = {"trace": "trace_loss_weight", "prefix": "format_loss_weight", "token": "token_loss_weight"}
 DROPS = {"clip_ratio_low": "ratio_drop_min", "clip_ratio_high": "ratio_drop_max"}
-CLAMPS = {"cispo_clip_ratio_low": ("ratio_clip_min", 0.0), "cispo_clip_ratio_high": ("ratio_clip_max", math.inf)}
+CLAMPS = {
+    "cispo_clip_ratio_low": ("ratio_clip_min", 0.0),
+    "cispo_clip_ratio_high": ("ratio_clip_max", math.inf),
+}
 
 
 def _refuse_unknown(what: str, given: dict, known: set[str]) -> None:
@@ -71,7 +74,9 @@ class Batch:
                 signal = s["token_reward"] if segment == "answer" else [math.nan] * len(new)
                 if not len(new) == len(old) == len(signal):
                     raise NotComparable(f"sequence {i}: {segment} lists differ in length")
-                rows += [(*x, kind, i, segment) for x in zip(new, old, [s["trace_reward"]] * len(new), signal)]
+                rows += [
+                    (*x, kind, i, segment) for x in zip(new, old, [s["trace_reward"]] * len(new), signal)
+                ]
             if len(rows) - start > case["padded_width"]:
                 raise NotComparable(f"sequence {i}: longer than padded_width")
             missing = case["padded_width"] - (len(rows) - start)
@@ -113,7 +118,7 @@ def _check_block(findings: Findings, where: str, case: dict, block: dict) -> Non
         if recorded is None and not block.get("undefined", False):
             raise NotComparable(f"{key} is null in a block that is not marked undefined")
         if recorded is None and name in counts and (counts[name] or losses[name] != 0):
-            raise NotComparable(f"{key} is 0/0 in the reference, but {float(losses[name])} here")
+            raise NotComparable(f"{key} is 0/0 in the reference, but {losses[name].item()} here")
         compare(findings, where, name, losses[name].reshape(1), [recorded])
     _compare_gradients(findings, where, case, block, batch, losses["combined"])
     findings.blocks += 1
@@ -133,7 +138,9 @@ def _compare_gradients(
         if [len(row) for row in block[key]] != lengths:
             raise NotComparable(f"{key}: lengths differ from the sequences'")
         ours = gradient[torch.tensor([s == segment for s in batch.segment], dtype=torch.bool)]
-        compare(findings, where, GRADIENTS[key], ours, block[key], size=gradient.abs().max().expand(len(ours)))
+        compare(
+            findings, where, GRADIENTS[key], ours, block[key], size=gradient.abs().max().expand(len(ours))
+        )
 
 
 def _check_case(findings: Findings, case: dict) -> None:

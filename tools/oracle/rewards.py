@@ -8,16 +8,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from oracle.findings import Findings, NotComparable, compare
 from torch import Tensor
 
 from nrt_megatron.objective.advantages import group_advantages, group_token_signal
 from nrt_megatron.objective.rewards import SCHEMES, TraceRewards, trace_rewards
 from nrt_megatron.recipe import NRT, PRESETS
+from oracle.findings import Findings, NotComparable, compare
 
 FORMAT = "nrt-oracle-rewards/1"
 NAMES = tuple(SCHEMES)
-GRADIENT_NAMES = ()
+OPTIONAL = ()
 SETTINGS = replace(NRT(), **{**PRESETS["reference"], "max_inverse_prob_weight": math.inf})
 RENAMED = {"weighted_sum_inverse_prob": "weighted_inverse_prob", "weighted_sum_log_prob": "weighted_log_prob"}
 
@@ -41,7 +41,9 @@ class Answers:
                 raise NotComparable(f"sequence {i}: answer and baseline differ in length")
         width = max(len(s["answer_log_probs"]) for s in sequences) + 1
         log_c, log_b = (
-            torch.tensor([s[key] + [math.nan] * (width - len(s[key])) for s in sequences], dtype=torch.float64)
+            torch.tensor(
+                [s[key] + [math.nan] * (width - len(s[key])) for s in sequences], dtype=torch.float64
+            )
             for key in ("answer_log_probs", "baseline_answer_log_probs")
         )
         mask = torch.arange(width) < torch.tensor([[len(s["answer_log_probs"])] for s in sequences])
@@ -57,7 +59,10 @@ class Answers:
         tokens, token_metrics = group_token_signal(
             worth.token_signal, self.mask, self.group, kind, center, scale, worth.token_noise
         )
-        shares = (metrics["reward/degenerate_group_share"], token_metrics["reward/degenerate_token_group_share"])
+        shares = (
+            metrics["reward/degenerate_group_share"],
+            token_metrics["reward/degenerate_token_group_share"],
+        )
         return traces, tokens[self.mask], any(total > 0 for total, _ in shares)
 
 
@@ -76,7 +81,9 @@ def _choice(block: dict, key: str, known: Sequence[str]) -> str:
 
 
 def _center_and_scale(block: dict) -> tuple[str, str]:
-    return _choice(block, "center_reward_by", ("mean", "none")), _choice(block, "scale_reward_by", ("std", "none"))
+    return _choice(block, "center_reward_by", ("mean", "none")), _choice(
+        block, "scale_reward_by", ("std", "none")
+    )
 
 
 def _check_block(findings: Findings, where: str, answers: Answers, expected: dict, block: dict) -> None:
@@ -91,7 +98,9 @@ def _check_block(findings: Findings, where: str, answers: Answers, expected: dic
     fixed = answers.final(worth, "fixed", center, scale)[1]
     want_fixed = [block["token_reward_when_fixed"]] * len(fixed)
     compare(findings, where, scheme, traces, want, answers.group, worth.raw)
-    compare(findings, where, scheme, signal, want_tokens, answers.token_group, worth.token_signal[answers.mask])
+    compare(
+        findings, where, scheme, signal, want_tokens, answers.token_group, worth.token_signal[answers.mask]
+    )
     compare(findings, where, scheme, fixed, want_fixed, answers.token_group)
     findings.blocks += 1
 
@@ -100,9 +109,12 @@ def _check_scheme(findings: Findings, where: str, answers: Answers, expected: di
     """One scheme of one scenario: raw numbers, then every centre and scale choice."""
     scheme = _scheme(expected["reward_agg_mode"])
     worth = answers.rewards(scheme)
-    compare(findings, where, scheme, worth.raw, expected["raw_trace_reward"], answers.group)
-    signal = worth.token_signal[answers.mask]
-    compare(findings, where, scheme, signal, expected["raw_token_reward"], answers.token_group)
+    # Nothing cancels in raw numbers: each is compared by itself, not by its group.
+    for ours, key in (
+        (worth.raw, "raw_trace_reward"),
+        (worth.token_signal[answers.mask], "raw_token_reward"),
+    ):
+        compare(findings, where, scheme, ours, expected[key], torch.arange(len(ours)))
     if not expected["normalised"]:
         raise NotComparable("no centre and scale choice recorded")
     for block in expected["normalised"]:
@@ -167,5 +179,7 @@ def check(findings: Findings, data: dict) -> list[dict]:
 def tokens_above_default_cap(data: dict) -> int:
     """Answer tokens of the scenarios whose 1/b the default recipe would cap."""
     lowest = -math.log(NRT().max_inverse_prob_weight)
-    log_bs = (b for case in data["scenarios"] for s in case["sequences"] for b in s["baseline_answer_log_probs"])
+    log_bs = (
+        b for case in data["scenarios"] for s in case["sequences"] for b in s["baseline_answer_log_probs"]
+    )
     return sum(b < lowest for b in log_bs)
