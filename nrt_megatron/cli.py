@@ -64,7 +64,7 @@ def train(
     Starts its own ranks, one per GPU or cluster.cpu_ranks, and joins them where torchrun or srun has started them.
     """
     from nrt_megatron import launch
-    from nrt_megatron.recipe import check, load_recipe, print_notice
+    from nrt_megatron.recipe import check, check_built, load_recipe, print_notice
 
     launch.adopt_slurm(os.environ)
     speaks = launch.is_first_rank(os.environ)
@@ -77,6 +77,7 @@ def train(
         if dry_run:
             _print_resolved(resolved)
             return
+        check_built(resolved)
         launch.check_ranks(resolved, os.environ)
         launch.prepare_environment(resolved, os.environ)
         if speaks:

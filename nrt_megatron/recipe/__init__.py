@@ -1,6 +1,6 @@
 """Recipes: YAML to frozen dataclasses, and every check that needs no model and no GPU. Imports no torch."""
 
-from nrt_megatron.recipe.checks import check
+from nrt_megatron.recipe.checks import check, check_training
 from nrt_megatron.recipe.errors import ConfigError, MissingFileError
 from nrt_megatron.recipe.files import check_files, check_run_dir
 from nrt_megatron.recipe.layout import (
@@ -12,6 +12,7 @@ from nrt_megatron.recipe.layout import (
     world_size,
 )
 from nrt_megatron.recipe.load import from_yaml, load_recipe, print_notice, to_yaml
+from nrt_megatron.recipe.precision import check_built
 from nrt_megatron.recipe.presets import PRESETS
 from nrt_megatron.recipe.schema import (
     NRT,

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 from nrt_megatron.recipe.errors import ConfigError
-from nrt_megatron.recipe.layout import check_batches, check_model_shape, check_ranks
+from nrt_megatron.recipe.layout import (
+    check_batches,
+    check_model_shape,
+    check_ranks,
+    check_training_batch,
+    check_whole_sequences,
+)
 from nrt_megatron.recipe.limits import check_values
+from nrt_megatron.recipe.precision import check_precision
 from nrt_megatron.recipe.schema import Recipe
 
 
@@ -16,13 +23,31 @@ def check(recipe: Recipe) -> None:
     check_values(recipe)
     _check_model_source(recipe)
     _check_megatron(recipe)
+    check_precision(recipe)
+    check_whole_sequences(recipe)
     check_ranks(recipe)
-    if recipe.policy.model.config is not None:
-        check_model_shape(recipe, recipe.policy.model.config, "policy.model.config")
+    _check_inline_shapes(recipe)
     _check_objective(recipe)
     check_batches(recipe)
     _check_lengths(recipe)
     _check_schedule(recipe)
+
+
+def check_training(recipe: Recipe) -> None:
+    """Of `policy` and `cluster` what a plain training step needs: no traces, no tokenizer, no data. Raises ConfigError."""
+    check_values(recipe)
+    _check_megatron(recipe)
+    check_precision(recipe)
+    check_ranks(recipe)
+    _check_inline_shapes(recipe)
+    check_training_batch(recipe)
+
+
+def _check_inline_shapes(recipe: Recipe) -> None:
+    model = recipe.policy.model
+    for name in ("config", "shape"):
+        if getattr(model, name) is not None:
+            check_model_shape(recipe, getattr(model, name), f"policy.model.{name}")
 
 
 def _check_model_source(recipe: Recipe) -> None:

@@ -22,6 +22,7 @@ def check_files(recipe: Recipe) -> None:
     if model.path is not None:
         config, source = _read_config(Path(model.path))
         check_model_shape(recipe, config, str(source))
+        _check_planned_shape(model.shape or {}, config, str(source))
     if tokenizer.path is not None:
         _check_directory("policy.tokenizer.path", tokenizer.path, "tokenizer.json or tokenizer.model")
     _check_file("data.train", recipe.data.train)
@@ -71,6 +72,15 @@ def _read_config(directory: Path) -> tuple[dict[str, Any], Path]:
     if not isinstance(config, dict):
         raise ConfigError.at(key, str(directory), f"{found[0].name} holds no JSON object", "restore the file")
     return config, found[0]
+
+
+def _check_planned_shape(shape: dict[str, Any], config: dict[str, Any], source: str) -> None:
+    """The model that is trained is the one that was planned; an added marker may have enlarged its vocabulary."""
+    for key, planned in shape.items():
+        found = config.get(key, planned)
+        if found != planned and not (key == "vocab_size" and found > planned):
+            problem = f"{source} has {found}"
+            raise ConfigError.at(f"policy.model.shape.{key}", planned, problem, f"set {found}, or the model it describes")
 
 
 def _check_file(key: str, path: str) -> None:

@@ -49,19 +49,23 @@ def num_updates_per_step(recipe: Recipe) -> int:
 def check_ranks(recipe: Recipe) -> None:
     """Replicas must fill the ranks. Raises ConfigError."""
     cfg, world, replica = recipe.policy.megatron_cfg, world_size(recipe), model_parallel_size(recipe)
-    if cfg.context_parallel_size > 1:
-        problem = "rollout and scoring hold whole sequences on a rank"
-        raise ConfigError.at(
-            "policy.megatron_cfg.context_parallel_size", cfg.context_parallel_size, problem, "set 1"
-        )
     if world % replica:
         tp, pp = cfg.tensor_model_parallel_size, cfg.pipeline_model_parallel_size
-        problem = f"{world} ranks cannot be split into replicas of TP {tp} x PP {pp} = {replica}"
+        cp = f" x CP {cfg.context_parallel_size}" if cfg.context_parallel_size > 1 else ""
+        problem = f"{world} ranks cannot be split into replicas of TP {tp} x PP {pp}{cp} = {replica}"
         near = sorted({max(world // replica, 1) * replica, (world // replica + 1) * replica})
         fitting = _nearest([n for n in _divisors(world) if n < tp], tp) if pp == 1 else []
         other = f", or {_TP} to {_listed(fitting)}" if fitting else ", or lower TP or PP" if pp > 1 else ""
         key, value = _world_key(recipe) if replica < world else (_TP, tp) if tp > 1 else (_PP, pp)
         raise ConfigError.at(key, value, problem, f"set ranks in all to {_listed(near)}{other}")
+
+
+def check_whole_sequences(recipe: Recipe) -> None:
+    """Rollout and scoring do not split sequences over ranks. Raises ConfigError."""
+    context = recipe.policy.megatron_cfg.context_parallel_size
+    if context > 1:
+        problem = "rollout and scoring hold whole sequences on a rank"
+        raise ConfigError.at("policy.megatron_cfg.context_parallel_size", context, problem, "set 1")
 
 
 def _world_key(recipe: Recipe) -> tuple[str, Any]:
@@ -99,6 +103,17 @@ def check_batches(recipe: Recipe) -> None:
         valid = valid or [k * dp * n for n in _divisors(prompts // dp)]
         remedy = f"set {_listed(_nearest(valid, batch))}"
         raise ConfigError.at("policy.train_global_batch_size", batch, problem, remedy)
+    check_training_batch(recipe)
+
+
+def check_training_batch(recipe: Recipe) -> None:
+    """Every data-parallel rank gets the same number of full micro-batches of an update. Raises ConfigError."""
+    batch, micro = recipe.policy.train_global_batch_size, recipe.policy.train_micro_batch_size
+    dp = data_parallel_size(recipe)
+    if batch % dp:
+        near = [n for n in (batch // dp * dp, (batch // dp + 1) * dp) if n]
+        problem = f"cannot be dealt evenly to {dp} data-parallel ranks"
+        raise ConfigError.at("policy.train_global_batch_size", batch, problem, f"set {_listed(near)}")
     if batch // dp % micro:
         problem = (
             f"does not divide the {batch // dp} sequences of an update on one of {dp} data-parallel ranks"
@@ -122,18 +137,27 @@ def check_model_shape(recipe: Recipe, config: Mapping[str, Any], source: str) ->
             valid = [n for n in _divisors(size) if all(other % n == 0 for other in sizes.values())]
             remedy = f"set {_listed(_nearest(valid, tp))}"
             raise ConfigError.at(_TP, tp, f"does not divide {key} = {size} of {source}", remedy)
-    layers, chunks = config.get("num_hidden_layers"), pp * (cfg.virtual_pipeline_model_parallel_size or 1)
-    if _is_size(layers) and layers % pp:
-        remedy = f"set {_listed(_nearest(_divisors(layers), pp))}"
-        raise ConfigError.at(_PP, pp, f"does not divide num_hidden_layers = {layers} of {source}", remedy)
-    if _is_size(layers) and layers % chunks:
-        value, valid = cfg.virtual_pipeline_model_parallel_size, [n for n in _divisors(layers // pp) if n > 1]
-        problem = f"{pp} stages x {value} chunks do not divide num_hidden_layers = {layers} of {source}"
-        raise ConfigError.at(_VPP, value, problem, f"set {_listed([*_nearest(valid, value or 2), 'null'])}")
+    if _is_size(config.get("num_hidden_layers")):
+        _check_stages(recipe, config["num_hidden_layers"], source)
     positions, limit = config.get("max_position_embeddings"), recipe.policy.max_total_sequence_length
     if _is_size(positions) and limit > positions:
         problem = f"beyond max_position_embeddings = {positions} of {source}"
         raise ConfigError.at("policy.max_total_sequence_length", limit, problem, f"set at most {positions}")
+
+
+def _check_stages(recipe: Recipe, num_layers: int, source: str) -> None:
+    """Stages and chunks of equal size, with embedding and output layer counted as layers where the recipe says so."""
+    cfg = recipe.policy.megatron_cfg
+    extra = cfg.account_for_embedding_in_pipeline_split + cfg.account_for_loss_in_pipeline_split
+    layers, pp, vpp = num_layers + extra, cfg.pipeline_model_parallel_size, cfg.virtual_pipeline_model_parallel_size
+    counted = f"num_hidden_layers = {num_layers}{f' + {extra}' if extra else ''} of {source}"
+    if layers % pp:
+        remedy = f"set {_listed(_nearest(_divisors(layers), pp))}"
+        raise ConfigError.at(_PP, pp, f"does not divide {counted}", remedy)
+    if layers % (pp * (vpp or 1)):
+        valid = [n for n in _divisors(layers // pp) if n > 1]
+        problem = f"{pp} stages x {vpp} chunks do not divide {counted}"
+        raise ConfigError.at(_VPP, vpp, problem, f"set {_listed([*_nearest(valid, vpp or 2), 'null'])}")
 
 
 def _is_size(value: Any) -> bool:

@@ -1,13 +1,16 @@
 """Every recipe key, its type and its default, in one place.
 
 Sections follow NeMo-RL's recipes; `policy.megatron_cfg` carries Megatron-Core's own names. A default lives here
-and nowhere else; what a value may be is in `limits.py`. The classes are frozen: a run's recipe never changes.
+(`policy.megatron_cfg`: in `megatron.py`) and nowhere else; what a value may be is in `limits.py`. The classes are
+frozen: a run's recipe never changes.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any, Optional
+
+from nrt_megatron.recipe.megatron import Megatron
 
 MISSING = "???"  # OmegaConf's mark of a key that every recipe must set
 
@@ -73,6 +76,9 @@ class Model:
     """Directory of a Hugging Face checkpoint (safetensors), or of a checkpoint written by `nrt convert`."""
     config: Optional[dict[str, Any]] = None
     """A Hugging Face `config.json` inline: weights start random. Exclusive with `path`."""
+    shape: Optional[dict[str, Any]] = None
+    """The `config.json` of the model at `path`, inline: `nrt plan` reads it where `path` is not on this machine, and
+    a model at `path` that differs from it is refused."""
 
 
 @dataclass(frozen=True)
@@ -91,46 +97,6 @@ class Tokenizer:
     """Refuse a marker that the tokenizer splits into several tokens."""
     marker_init: str = "mean"
     """Embedding of an added marker: `mean`, `eos`, or a text whose tokens are averaged."""
-
-
-@dataclass(frozen=True)
-class Megatron:
-    """Megatron-Core's own fields, under its own names."""
-
-    tensor_model_parallel_size: int = 1
-    """Ranks that share each layer; divides attention heads, key-value heads and the MLP width."""
-    pipeline_model_parallel_size: int = 1
-    """Stages of consecutive layers; divides the number of layers."""
-    virtual_pipeline_model_parallel_size: Optional[int] = None
-    """Chunks of layers per stage (interleaved schedule); null: one."""
-    context_parallel_size: int = 1
-    """Ranks that share each sequence; 1 is the one supported value."""
-    sequence_parallel: bool = False
-    """Split norms and residuals over the tensor-parallel ranks."""
-    transformer_impl: str = "auto"
-    """`local`, `transformer_engine`, or `auto`: Transformer Engine where it is installed with a GPU."""
-    bf16: bool = False
-    """Weights and activations in bfloat16, the optimizer's copy in float32. Else all in float32."""
-    use_distributed_optimizer: bool = False
-    """Shard the optimizer state over the data-parallel ranks."""
-    overlap_grad_reduce: bool = False
-    """Reduce gradients while the backward pass runs."""
-    overlap_param_gather: bool = False
-    """Gather updated weights while the next forward pass runs; needs the two fields above."""
-    recompute_granularity: Optional[str] = None
-    """`full` or `selective` activation recomputation."""
-    recompute_method: Optional[str] = None
-    """With `full`: `uniform` or `block`."""
-    recompute_num_layers: Optional[int] = None
-    """With `full`: layers per recomputed unit (uniform), or recomputed layers per stage (block)."""
-    make_vocab_size_divisible_by: int = 128
-    """The vocabulary is padded to a multiple of this times the tensor-parallel size."""
-    deterministic_mode: bool = True
-    """Deterministic kernels only: repeats are bit for bit equal."""
-    distributed_timeout_minutes: float = 10.0
-    """A collective, or a phase of a step, that takes longer ends the run and names rank and phase."""
-    logprob_chunk_size: int = 1024
-    """Tokens per chunk of the output layer; bounds the log-prob workspace."""
 
 
 @dataclass(frozen=True)
