@@ -18,7 +18,13 @@ from nrt_megatron.convert import names
 from nrt_megatron.convert.config import DTYPES, ModelShape
 from nrt_megatron.convert.layout import pieces, split
 from nrt_megatron.convert.output import new_directory
-from nrt_megatron.convert.release import Run, write_chat_template, write_generation_config, write_model_card
+from nrt_megatron.convert.release import (
+    Run,
+    write_chat_template,
+    write_generation_config,
+    write_input_names,
+    write_model_card,
+)
 from nrt_megatron.convert.safetensors_io import INDEX
 from nrt_megatron.convert.safetensors_writer import SafetensorsWriter
 from nrt_megatron.convert.tokenizer_files import FILES
@@ -59,6 +65,7 @@ def export_hf(
                 shutil.copyfile(checkpoint / "tokenizer" / name, partial / name)
         write_generation_config(partial, shape, run)
         write_chat_template(partial, run)
+        write_input_names(partial)
         write_model_card(partial, meta, shape, run)
         check(partial)
     return shape

@@ -68,12 +68,23 @@ def write_chat_template(release: Path, run: Optional[Run]) -> None:
     if files.chat_template is not None and text in (None, "chat"):
         template = with_traces(files.chat_template, settings.trace_open, settings.marker)
     else:
-        bos = bool(load_tokenizer(release, settings).bos_ids)
-        template = from_text(text or "{question}", settings.trace_open, settings.marker, bos)
+        tokenizer, text = load_tokenizer(release, settings), text or "{question}"
+        bos = bool(tokenizer.bos_ids) and not text.startswith(tokenizer.decode(tokenizer.bos_ids))
+        template = from_text(text, settings.trace_open, settings.marker, bos)
     (release / "chat_template.jinja").write_text(template, "utf-8")
     config = files.read_json("tokenizer_config.json")
     if config.pop("chat_template", None) is not None:
         write_json(release / "tokenizer_config.json", config)
+
+
+def write_input_names(release: Path) -> None:
+    """Says in tokenizer_config.json that these models take no `token_type_ids`, where nothing is said.
+
+    Without it, transformers' general tokenizer class makes them and `generate(**tokenizer(text))` fails.
+    """
+    config = TokenizerFiles(release).read_json("tokenizer_config.json")
+    if config and "model_input_names" not in config:
+        write_json(release / "tokenizer_config.json", {**config, "model_input_names": ["input_ids", "attention_mask"]})
 
 
 def write_generation_config(release: Path, shape: ModelShape, run: Optional[Run]) -> None:

@@ -59,7 +59,10 @@ def add_tokens(directory: Path, texts: Sequence[str], init: str) -> tuple[list[A
     added = []
     for text in texts:
         settings = TokenizerSettings(marker=text, add_marker=True, require_single_token_marker=False)
-        tokenizer = load_tokenizer(directory, settings)
+        try:
+            tokenizer = load_tokenizer(directory, settings)
+        except ConfigError as error:
+            raise ConfigError(f"--add-token {text!r}: cannot be added to this tokenizer.\n{error}") from None
         base = base or tokenizer
         if tokenizer.added_tokens != [text]:
             raise ConfigError(f"--add-token {text!r}: the tokenizer already has it as id {tokenizer.marker_ids[0]}; drop it")

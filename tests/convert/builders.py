@@ -97,10 +97,12 @@ def save_sentencepiece(directory: Path) -> Path:
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(SAMPLE_TEXT.splitlines()),
         model_prefix=str(directory / "tokenizer"),
-        vocab_size=300,
+        vocab_size=380,
         character_coverage=1.0,
         byte_fallback=True,
         model_type="bpe",
+        normalization_rule_name="identity",  # as in Llama 2: newlines stay
+        remove_extra_whitespaces=False,
         hard_vocab_limit=False,
         minloglevel=2,
     )
