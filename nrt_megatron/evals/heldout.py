@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -46,7 +46,8 @@ class Evaluator:
         accuracy: greedy answer after one sampled trace; accuracy_greedy: after the most likely trace;
         accuracy_direct: after the empty trace. answer_prob and answer_prob_no_trace: P(y*)^(1/T), the
         geometric mean of the token probabilities, after the sampled and the empty trace. trace_length:
-        tokens of the sampled traces.
+        tokens of the sampled traces. first_marker_prob and first_eos_prob: probability that the trace ends at
+        once, by the marker's first token or by the end of sequence; equal where an added marker was copied from EOS.
         """
         sums: dict[str, list[torch.Tensor]] = {}
         for start in range(0, len(questions), self.cfg.batch_size):
@@ -70,7 +71,14 @@ class Evaluator:
             "answer_prob": mean_prob(sampled.answer_log_probs[:, 0]),
             "answer_prob_no_trace": mean_prob(sampled.baseline_log_probs),
             "trace_length": sampled.trace_lengths[:, 0].cpu(),
+            "first_marker_prob": self._first_prob(self.traces, questions),
+            "first_eos_prob": self._first_prob(self.answers, questions),
         }
+
+    def _first_prob(self, generator: Generator, questions: Sequence[Example]) -> torch.Tensor:
+        """Probability of the token that ends `generator`'s sequences, straight after the prompt; [questions]."""
+        ended = generator.generate(replace(self._request(questions, greedy=True), max_new_tokens=0))
+        return ended.marker_log_probs[:, 0, 0].exp().cpu()
 
     def _request(self, questions: Sequence[Example], **options) -> Request:
         return Request(

@@ -128,34 +128,38 @@ class _Batch:
             uniform = None if self.uniform is None else self.uniform[active, step]
             drawn = draw(logits, uniform, temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p)
             tokens = drawn.tokens
-            running = active[self.finish[active] < 0]
-            kept = self.finish[active] < 0
-            self.log_probs[running, step] = drawn.log_probs[kept]
-            self.entropies[running, step] = drawn.entropies[kept]
+            # Rows that ended earlier and have not left yet are computed and ignored.
+            running = self.finish[active] < 0
+            self._record(self.log_probs, active, step, running, drawn.log_probs)
+            self._record(self.entropies, active, step, running, drawn.entropies)
             if step <= self.limit:
                 # If the trace ends here without the marker, this is the forced marker's first log-prob.
                 first = torch.log_softmax(logits.float(), dim=-1)[:, self.owner.marker[0]]
-                self.marker_log_probs[running, 0] = first[kept]
+                self._record(self.marker_log_probs, active, 0, running, first)
         runtime = self.owner.runtime
         if runtime.tp_size * runtime.pp_size > 1:
             dist.broadcast(tokens, runtime.sampling_rank, group=parallel_state.get_model_parallel_group())
         return tokens
 
+    @staticmethod
+    def _record(table: Tensor, rows: Tensor, column: int, running: Tensor, values: Tensor) -> None:
+        """table[rows, column] = values where `running`; no boolean index, which would wait for the GPU."""
+        table[rows, column] = torch.where(running, values.to(table.dtype), table[rows, column])
+
     def _finish(self, tokens: Tensor, active: Tensor, step: int) -> None:
         """Records the tokens of running rows and marks those that end: marker, end token or limit."""
-        kept = self.finish[active] < 0
-        running, new = active[kept], tokens[kept]
-        self.ids[running, step] = new
-        self.drawn[running] = step + 1
-        ends = torch.full_like(running, -1)
+        running = self.finish[active] < 0
+        self._record(self.ids, active, step, running, tokens)
+        self.drawn[active] += running
+        ends = torch.full_like(active, -1)
         if step + 1 >= self.M:
-            tail = self.ids[running, step + 1 - self.M : step + 1]  # [n, M]
+            tail = self.ids[active, step + 1 - self.M : step + 1]  # [n, M]
             ends = torch.where((tail == self.owner.marker).all(-1), MARKER, ends)
-        ends = torch.where((ends < 0) & torch.isin(new, self.owner.stop), EOS, ends)
+        ends = torch.where((ends < 0) & torch.isin(tokens, self.owner.stop), EOS, ends)
         if step + 1 > self.limit:
             # A trace of `limit` tokens may still be closed by the marker, but not go on.
-            ends = torch.where((ends < 0) & ~self._tail_opens_marker(running, step), LENGTH, ends)
-        self.finish[running] = ends
+            ends = torch.where((ends < 0) & ~self._tail_opens_marker(active, step), LENGTH, ends)
+        self.finish[active] = torch.where(running, ends, self.finish[active])
 
     def _tail_opens_marker(self, rows: Tensor, step: int) -> Tensor:
         """Whether what lies beyond the limit is, so far, the beginning of the marker; bool [n]."""
