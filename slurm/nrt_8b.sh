@@ -1,0 +1,20 @@
+#!/bin/bash
+# Native Reasoning Training of Llama-3.1-8B on one node of 8 GPUs.
+#   sbatch slurm/nrt_8b.sh [RECIPE] [key=value ...]
+# sbatch's own options go before the script's name and override the lines below, e.g. --nodes=2 --time=12:00:00.
+# Container, virtual environment and exit codes: slurm/common.sh.
+#SBATCH --job-name=nrt-8b
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --exclusive
+#SBATCH --mem=0
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@600
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+
+# shellcheck source-path=SCRIPTDIR source=common.sh
+source "${NRT_ROOT:-$SLURM_SUBMIT_DIR}/slurm/common.sh" || exit 2
+nrt_train recipes/nrt-llama3.1-8b-1n8g-tp2.yaml "$@"
