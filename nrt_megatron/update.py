@@ -10,7 +10,7 @@ from nrt_megatron.data.batch import SequenceGrid, micro_batches
 from nrt_megatron.mcore.policy import MegatronPolicy
 from nrt_megatron.mcore.reduce import StepMetrics
 from nrt_megatron.objective.loss import LOSS_MAXIMA, LOSS_METRICS, nrt_loss
-from nrt_megatron.recipe import Recipe
+from nrt_megatron.recipe import Recipe, num_traces_per_prompt
 
 
 def update(policy: MegatronPolicy, grid: SequenceGrid, recipe: Recipe) -> StepMetrics:
@@ -23,6 +23,7 @@ def update(policy: MegatronPolicy, grid: SequenceGrid, recipe: Recipe) -> StepMe
     per_rank = recipe.policy.train_global_batch_size // policy.runtime.dp_size
     loss_fn = partial(nrt_loss, settings=recipe.nrt)
     megatron = recipe.policy.megatron_cfg
+    packed = recipe.policy.sequence_packing.enabled
     total = StepMetrics()
     for index in torch.arange(len(grid), device=grid.tokens.device).split(per_rank):
         batches = micro_batches(
@@ -32,10 +33,11 @@ def update(policy: MegatronPolicy, grid: SequenceGrid, recipe: Recipe) -> StepMe
             temperature=recipe.policy.generation.temperature,
             pad_multiple=megatron.tensor_model_parallel_size if megatron.sequence_parallel else 1,
             same_width=megatron.virtual_pipeline_model_parallel_size is not None,
+            traces_per_tree=num_traces_per_prompt(recipe) if packed else 0,
         )
         done = policy.update(batches, loss_fn)
         fed = sum(batch.tokens.numel() for batch in batches)
-        used = sum(batch.num_tokens - batch.num_sequences for batch in batches)  # last tokens are targets only
+        used = sum(batch.num_tokens for batch in batches)
         total.add({name: (0.0, 0.0) for name in ("loss", *LOSS_METRICS)}, dict.fromkeys(LOSS_MAXIMA, -torch.inf))
         for result in done.results:
             total.add(result.loss.metrics | {"loss": (result.loss.loss_sum.detach(), result.num_sequences)})

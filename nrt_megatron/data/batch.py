@@ -6,6 +6,7 @@ tensor operations, whatever the number of traces.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
@@ -91,11 +92,11 @@ class MicroBatch:
     """What one forward and backward needs; flat fields have one entry per scored token (n of them)."""
 
     tokens: Tensor
-    """int64 [b, s]: the last token of the longest sequence is a target only and left out"""
+    """int64 [b, s]"""
     position_ids: Tensor
     """int64 [b, s]"""
-    attention_mask: Tensor | None
-    """bool [b, 1, s, s], True = hidden; None: causal"""
+    branches: Tensor | None
+    """int64 [b, s] of a packed tree: 0 for the prompt, 1..K for its traces, -1 for padding; None: causal rows"""
     sources: Tensor
     """int64 [n]: `column * b + row` of the position that predicts the token"""
     targets: Tensor
@@ -114,7 +115,7 @@ class MicroBatch:
     """int64 [n]: index of the token's sequence within the micro-batch"""
     num_sequences: int
     num_tokens: int
-    """Tokens of the sequences, padding excluded."""
+    """Tokens fed, padding excluded; a sequence's last token is a target only."""
 
     def to(self, device: torch.device) -> MicroBatch:
         """A copy on `device`."""
@@ -124,56 +125,149 @@ class MicroBatch:
         )
 
 
+@dataclass(frozen=True)
+class _Layout:
+    """Where the tokens of some sequences lie in the [b, s] batch that is fed."""
+
+    tokens: Tensor
+    """int64 [b, s]"""
+    position_ids: Tensor
+    """int64 [b, s]"""
+    branches: Tensor | None
+    row: Tensor
+    """int64 [n]: batch row of each sequence"""
+    prompt_end: Tensor
+    """int64 [n]: batch column of the prompt's last token"""
+    branch_start: Tensor
+    """int64 [n]: batch column of the first token after the prompt"""
+
+
+def _as_rows(part: SequenceGrid, width: int) -> _Layout:
+    """One sequence a row, padded on the right; no token looks at the padding behind it."""
+    b = len(part)
+    tokens = torch.zeros(b, width, dtype=torch.int64, device=part.tokens.device)
+    shown = part.tokens[:, : min(width, part.tokens.size(1))].clamp(min=0)
+    tokens[:, : shown.size(1)] = shown
+    return _Layout(
+        tokens=tokens,
+        position_ids=torch.arange(width, device=tokens.device).expand(b, width),
+        branches=None,
+        row=torch.arange(b, device=tokens.device),
+        prompt_end=part.prompt_lengths - 1,
+        branch_start=part.prompt_lengths,
+    )
+
+
+def _as_trees(part: SequenceGrid, traces: int, pad: Callable[[int], int]) -> _Layout:
+    """The prompt of each `traces` neighbouring sequences once, then their continuations side by side."""
+    device, n = part.tokens.device, len(part)
+    trees = n // traces
+    assert trees * traces == n, f"{n} sequences are no groups of {traces}"
+    continuation = part.lengths - part.prompt_lengths - 1  # the last token is a target only
+    before = continuation.view(trees, traces).cumsum(1) - continuation.view(trees, traces)
+    start = part.prompt_lengths + before.flatten()  # [n]
+    width = pad(int((start + continuation).max()))
+    row = torch.arange(n, device=device) // traces
+    columns = torch.arange(part.tokens.size(1), device=device)
+    behind = columns - part.prompt_lengths[:, None]  # [n, S]
+    first = (torch.arange(n, device=device) % traces == 0)[:, None]
+    fed = torch.where(behind < 0, first, columns < part.lengths[:, None] - 1)
+    sequence, column = fed.nonzero(as_tuple=True)
+    target = torch.where(behind < 0, columns, start[:, None] + behind)[sequence, column]
+
+    def spread(values: Tensor, fill: int) -> Tensor:
+        out = torch.full((trees, width), fill, dtype=torch.int64, device=device)
+        out[row[sequence], target] = values
+        return out
+
+    in_prompt = behind[sequence, column] < 0
+    return _Layout(
+        tokens=spread(part.tokens[sequence, column], 0),
+        position_ids=spread(column, 0),
+        branches=spread(torch.where(in_prompt, 0, sequence % traces + 1), -1),
+        row=row,
+        prompt_end=part.prompt_lengths - 1,
+        branch_start=start,
+    )
+
+
 def micro_batch(
-    grid: SequenceGrid, index: Tensor, *, temperature: float, pad_multiple: int = 1, at_least: int = 0
+    grid: SequenceGrid,
+    index: Tensor,
+    *,
+    temperature: float,
+    pad_multiple: int = 1,
+    at_least: int = 0,
+    traces_per_tree: int = 0,
 ) -> MicroBatch:
-    """The sequences `index` as rows of one forward.
+    """The sequences `index` as one forward.
 
     temperature: of the sampler; sampled tokens are scored at it, all others at 1. pad_multiple: the width is
-    rounded up to it (tensor-parallel size under sequence parallelism). at_least: room for sequences this long.
+    rounded up to it (tensor-parallel size under sequence parallelism). at_least: room for this many tokens a
+    row. traces_per_tree: K to feed the prompt of K neighbouring sequences once, 0 for a row per sequence.
     """
     part = grid.rows(index)
-    b, width = part.tokens.shape
-    fed = -(-(max(width, at_least) - 1) // pad_multiple) * pad_multiple
-    tokens = torch.zeros(b, fed, dtype=torch.int64, device=part.tokens.device)
-    shown = part.tokens[:, : min(fed, width)].clamp(min=0)
-    tokens[:, : shown.size(1)] = shown
-    row, column = part.kind.nonzero(as_tuple=True)  # [n]
+
+    def padded(width: int) -> int:
+        return -(-max(width, at_least) // pad_multiple) * pad_multiple
+
+    if traces_per_tree:
+        place = _as_trees(part, traces_per_tree, padded)
+    else:
+        place = _as_rows(part, padded(part.tokens.size(1) - 1))
+    b = len(place.tokens)
+    sequence, column = part.kind.nonzero(as_tuple=True)  # [n]
     ended = part.eos_ended.nonzero()[:, 0]  # [e]
-    eos_source = part.prompt_lengths[ended] + part.trace_lengths[ended] - 1
+    sequence = torch.cat([sequence, ended])
+    # The position that predicts: one before the token; for an end token, the last of prompt and trace.
+    source = torch.cat([column, (part.prompt_lengths + part.trace_lengths)[ended]]) - 1
+    behind = source - part.prompt_lengths[sequence]
+    source = torch.where(behind < 0, place.prompt_end[sequence], place.branch_start[sequence] + behind)
 
     def flat(at_tokens: Tensor, at_eos: Tensor) -> Tensor:
-        return torch.cat([at_tokens, at_eos.to(at_tokens.dtype)])
+        return torch.cat([at_tokens[sequence[: len(column)], column], at_eos[ended].to(at_tokens.dtype)])
 
-    kind = flat(part.kind[row, column], torch.full_like(ended, TRACE))
-    sequence = flat(row, ended)
+    kind = flat(part.kind, torch.full_like(part.lengths, TRACE))
     return MicroBatch(
-        tokens=tokens,
-        position_ids=torch.arange(fed, device=tokens.device).expand(b, fed),
-        attention_mask=None,
-        sources=flat((column - 1) * b + row, eos_source * b + ended),
-        targets=flat(part.tokens[row, column], part.eos_ids[ended]),
+        tokens=place.tokens,
+        position_ids=place.position_ids,
+        branches=place.branches,
+        sources=source * b + place.row[sequence],
+        targets=flat(part.tokens, part.eos_ids),
         scale=torch.where(kind == TRACE, 1.0 / temperature, 1.0),
         kind=kind,
-        old_log_probs=flat(part.old_log_probs[row, column], part.eos_log_probs[ended]),
+        old_log_probs=flat(part.old_log_probs, part.eos_log_probs),
         advantages=part.advantages[sequence],
-        token_signal=flat(part.token_signal[row, column], torch.zeros_like(part.eos_log_probs[ended])),
+        token_signal=flat(part.token_signal, torch.zeros_like(part.eos_log_probs)),
         sequence=sequence,
-        num_sequences=b,
-        num_tokens=int(part.lengths.sum()),
+        num_sequences=len(part),
+        num_tokens=int((place.branches >= 0).sum()) if traces_per_tree else int((part.lengths - 1).sum()),
     )
 
 
 def micro_batches(
-    grid: SequenceGrid, index: Tensor, size: int, *, temperature: float, pad_multiple: int = 1, same_width: bool = False
+    grid: SequenceGrid,
+    index: Tensor,
+    size: int,
+    *,
+    temperature: float,
+    pad_multiple: int = 1,
+    same_width: bool = False,
+    traces_per_tree: int = 0,
 ) -> list[MicroBatch]:
     """`index` in micro-batches of `size` sequences, neighbours in length together so that little is padded.
 
     same_width: all are as wide as the widest, for schedules that exchange tensors of one shape.
+    traces_per_tree: K to pack the K sequences of a prompt, which are neighbours in `index`; 0: no packing.
     """
-    by_length = index[grid.lengths[index].argsort(stable=True, descending=True)]
-    at_least = int(grid.lengths[index].max()) if same_width else 0
-    return [
-        micro_batch(grid, part, temperature=temperature, pad_multiple=pad_multiple, at_least=at_least)
-        for part in by_length.split(size)
-    ]
+    unit = traces_per_tree or 1
+    groups = index.view(-1, unit)
+    # A packed row is as long as its prompt and all continuations.
+    length = grid.lengths[groups].sum(1) - (unit - 1) * grid.prompt_lengths[groups[:, 0]]
+    by_length = groups[length.argsort(stable=True, descending=True)]
+
+    def cut(at_least: int) -> list[MicroBatch]:
+        options = dict(temperature=temperature, pad_multiple=pad_multiple, traces_per_tree=traces_per_tree)
+        return [micro_batch(grid, part.flatten(), at_least=at_least, **options) for part in by_length.split(size // unit)]
+
+    return cut(int(length.max()) - 1 if same_width else 0)

@@ -70,13 +70,18 @@ class SDPACoreAttention(MegatronModule):
 
 
 def hidden_columns(
-    query_positions: Tensor, key_positions: Tensor, key_exists: Tensor | None = None, window: int | None = None
+    query_positions: Tensor,
+    key_positions: Tensor,
+    key_exists: Tensor | None = None,
+    window: int | None = None,
+    branches: Tensor | None = None,
 ) -> Tensor:
     """Mask of what a query may not see: bool [b, 1, sq, sk], True = hidden.
 
     query_positions [b, sq], key_positions [b, sk]: position of each token in its own sequence.
     key_exists bool [b, sk]: False for padding and stale cache columns. window: a key further back than
-    this many positions (the query itself counted) is hidden, as in Mistral.
+    this many positions (the query itself counted) is hidden, as in Mistral. branches int64 [b, sk] of a packed
+    tree, queries and keys alike: a token sees its own branch and branch 0, the prompt.
     A query that may see nothing (padding) is given its first column, so that no softmax is 0/0; its output
     is never read.
     """
@@ -86,6 +91,9 @@ def hidden_columns(
         hidden |= distance >= window
     if key_exists is not None:
         hidden |= ~key_exists[:, None, :]
+    if branches is not None:
+        own, seen = branches[:, :, None], branches[:, None, :]
+        hidden |= (seen != own) & (seen != 0)
     blind = hidden.all(dim=-1)
     hidden[..., 0] &= ~blind
     return hidden[:, None]

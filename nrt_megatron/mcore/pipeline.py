@@ -11,6 +11,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from nrt_megatron.data.batch import MicroBatch
+from nrt_megatron.mcore.attention import hidden_columns
 from nrt_megatron.mcore.model import ScoredTokens, unwrap
 from nrt_megatron.objective.loss import LossOutput, TokenBatch
 
@@ -28,6 +29,14 @@ class MicroBatchResult:
     """None in a forward without a loss; its tensors are detached."""
 
 
+def _mask(batch: MicroBatch, window: tuple[int, int] | None) -> Tensor | None:
+    """None where attention is causal along the row, which the core attention does without a mask."""
+    if batch.branches is None:
+        return None
+    positions, exists = batch.position_ids, batch.branches >= 0
+    return hidden_columns(positions, positions, exists, window[0] + 1 if window else None, batch.branches)
+
+
 def _forward_step(loss_fn: LossFunction | None, device: torch.device):
     """Megatron's `forward_step_func`: model output, and the function that makes (sum, count, log) of it."""
 
@@ -36,9 +45,9 @@ def _forward_step(loss_fn: LossFunction | None, device: torch.device):
         output = model(
             batch.tokens,
             batch.position_ids,
-            batch.attention_mask,
+            _mask(batch, unwrap(model).config.window_size),
             labels=ScoredTokens(batch.sources, batch.targets, batch.scale),
-            shared_rows=batch.attention_mask is None,
+            shared_rows=batch.branches is None,
         )
 
         def reduce(output: Tensor) -> tuple[Tensor, Tensor, MicroBatchResult]:

@@ -30,6 +30,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "sequence_ratio": False,
         "clip_to_baseline": False,
         "train_forced_marker": True,
+        "max_inverse_prob_weight": 1e30,  # the authors' code knows no cap; this one keeps fp32 from overflowing
     },
     "paper": {
         **_SHARED,
@@ -37,6 +38,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "sequence_ratio": True,
         "clip_to_baseline": True,
         "train_forced_marker": False,
+        "max_inverse_prob_weight": 1e6,
     },
 }
 """Preset name to fields of the `nrt` section."""

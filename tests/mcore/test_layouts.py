@@ -10,10 +10,10 @@ import torch
 from nrt_megatron.convert import names
 from nrt_megatron.convert.config import ModelShape
 from nrt_megatron.convert.layout import split
-from nrt_megatron.data.batch import SequenceGrid, micro_batches
+from nrt_megatron.data.batch import SequenceGrid
 from nrt_megatron.mcore.hf import global_parameters
 from nrt_megatron.mcore.policy import MegatronPolicy
-from nrt_megatron.recipe import NRT, Recipe
+from nrt_megatron.recipe import NRT, Recipe, SequencePacking
 from nrt_megatron.update import update
 from tests.distributed import run_ranks
 from tests.mcore import tiny
@@ -45,9 +45,10 @@ LAYOUTS = {
 
 
 def settings(mbs: int, layout: dict) -> Recipe:
+    packing = SequencePacking(enabled=layout.pop("packing", False))
     recipe = tiny.recipe(mbs=mbs, **layout)
     nrt = NRT(num_prompts_per_step=2, num_generations_per_prompt=4, max_num_steps=2, ratio_drop_max=1e9, ratio_drop_min=0.0)
-    return replace(recipe, nrt=nrt, policy=replace(recipe.policy, train_global_batch_size=SEQUENCES))
+    return replace(recipe, nrt=nrt, policy=replace(recipe.policy, train_global_batch_size=SEQUENCES, sequence_packing=packing))
 
 
 def local(grid: SequenceGrid, policy: MegatronPolicy) -> SequenceGrid:
@@ -57,7 +58,7 @@ def local(grid: SequenceGrid, policy: MegatronPolicy) -> SequenceGrid:
 
 def train(directory, mbs: int, layout: dict):
     """Two updates; returns this rank's place, metrics, and parameters."""
-    recipe = settings(mbs, layout)
+    recipe = settings(mbs, dict(layout))
     policy = tiny.policy(directory, recipe)
     rows = []
     for seed in (3, 4):
@@ -122,6 +123,12 @@ def test_a_layout_trains_like_one_rank(alone, name):
 def test_the_micro_batch_size_changes_nothing(alone, mbs, name):
     world, layout = LAYOUTS[name] if name else (1, {})
     compare(alone, run_ranks(world, train, alone[0], mbs, layout))
+
+
+@pytest.mark.parametrize("mbs,name", [(4, None), (8, None), (4, "dp2"), (8, "tp2"), (4, "pp2"), (4, "tp2-sp"), (4, "pp2-vpp2")])
+def test_packing_the_traces_of_a_prompt_as_a_tree_changes_nothing(alone, mbs, name):
+    world, layout = LAYOUTS[name] if name else (1, {})
+    compare(alone, run_ranks(world, train, alone[0], mbs, {**layout, "packing": True}))
 
 
 def test_the_weights_did_move(alone):

@@ -77,12 +77,17 @@ def policy(directory: Path, settings: Recipe) -> MegatronPolicy:
     return built
 
 
-def grid(num_sequences: int = 8, seed: int = 3) -> SequenceGrid:
-    """Random sequences x | z | m | y* of differing lengths, some with a forced marker, some ended by EOS."""
+def grid(num_sequences: int = 8, seed: int = 3, traces: int = 4) -> SequenceGrid:
+    """Random sequences x | z | m | y* of differing lengths, some with a forced marker, some ended by EOS.
+
+    Every `traces` neighbours share their prompt.
+    """
     generator = torch.Generator().manual_seed(seed)
     rows = []
+    x = 0
     for i in range(num_sequences):
-        x, z, y = (int(torch.randint(lo, hi, (1,), generator=generator)) for lo, hi in ((3, 7), (0, 9), (2, 6)))
+        drawn, z, y = (int(torch.randint(lo, hi, (1,), generator=generator)) for lo, hi in ((3, 7), (0, 9), (2, 6)))
+        x = x if i % traces else drawn
         kinds = [NONE] * x + [TRACE] * z + [TRACE if i % 2 else FORMAT] + [ANSWER] * y
         rows.append((x, z, kinds))
     width = max(len(r[2]) for r in rows)
@@ -91,9 +96,12 @@ def grid(num_sequences: int = 8, seed: int = 3) -> SequenceGrid:
     def noise(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator)
 
+    tokens = torch.randint(0, VOCAB, (N, width), generator=generator)
+    for i, (x, _, _) in enumerate(rows):
+        tokens[i, :x] = tokens[i - i % traces, :x]
     kind = torch.tensor([r[2] + [NONE] * (width - len(r[2])) for r in rows])
     return SequenceGrid(
-        tokens=torch.randint(0, VOCAB, (N, width), generator=generator),
+        tokens=tokens,
         lengths=torch.tensor([len(r[2]) for r in rows]),
         prompt_lengths=torch.tensor([r[0] for r in rows]),
         trace_lengths=torch.tensor([r[1] for r in rows]),
