@@ -120,6 +120,12 @@ def check_training_batch(recipe: Recipe) -> None:
         )
         valid = _nearest(_divisors(batch // dp), micro)
         raise ConfigError.at("policy.train_micro_batch_size", micro, problem, f"set {_listed(valid)}")
+    traces = num_traces_per_prompt(recipe)
+    if recipe.policy.sequence_packing.enabled and micro % traces:
+        problem = f"cuts a packed prompt with its {traces} traces"
+        valid = [n * traces for n in _divisors(batch // dp // traces)]
+        remedy = f"set {_listed(_nearest(valid, micro))}, or policy.sequence_packing.enabled=false"
+        raise ConfigError.at("policy.train_micro_batch_size", micro, problem, remedy)
 
 
 def check_model_shape(recipe: Recipe, config: Mapping[str, Any], source: str) -> None:
