@@ -1,6 +1,7 @@
 # make train    environment, then Native Reasoning Training of a tiny model on two CPU cores
 # make test     environment, then the tests
 # make setup    environment alone: .venv with the package, editable
+# make lint     ruff; make gpu-check: the tests that need a GPU; make clean: all but runs/
 # ARGS="..." goes to nrt train or pytest; TORCH="torch" installs another build, e.g. the CUDA one.
 
 .DEFAULT_GOAL := help

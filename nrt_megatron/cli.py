@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from typing import TYPE_CHECKING, Annotated, NoReturn, Optional
 
 import typer
@@ -94,6 +95,7 @@ def _exit_silently_unless(speaks: bool, error: ValueError) -> None:
     from nrt_megatron.recipe import ConfigError
 
     if isinstance(error, ConfigError) and not speaks:
+        time.sleep(2)  # launchers end all ranks when the first one is gone: let the one that speaks finish
         raise typer.Exit(USER_MISTAKE)
 
 
