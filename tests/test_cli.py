@@ -65,7 +65,7 @@ def start(place: Path, *args: str, rank_does: str = "return 0", **env: str) -> s
     return subprocess.Popen(
         [sys.executable, "-m", "nrt_megatron", *args],
         cwd=place,
-        env={**inherited, "PYTHONPATH": f"{stubs}{os.pathsep}{ROOT}", **env},
+        env={**inherited, "PYTHONPATH": f"{stubs}{os.pathsep}{ROOT}", "TMPDIR": str(stubs), **env},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

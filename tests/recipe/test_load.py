@@ -93,6 +93,7 @@ def test_the_two_presets_differ_where_their_sources_do(load):
         "token_signal": ("fixed", "raw"),
         "sequence_ratio": (False, True),
         "train_forced_marker": (True, False),
+        "max_inverse_prob_weight": (1e30, 1e6),
     }
     with pytest.raises(ConfigError, match="choose reference, paper or null"):
         load("nrt.preset=papper")

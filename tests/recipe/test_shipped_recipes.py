@@ -41,9 +41,9 @@ def test_the_sft_peer_trains_as_often_on_as_many_sequences_of_the_same_data():
     assert updates == [60, 60]
 
 
-def test_the_default_objective_is_the_reference_but_for_forced_markers():
+def test_the_default_objective_is_the_reference_but_for_its_hazards():
     """The schema's defaults and the preset may not drift apart unnoticed."""
     plain = load_recipe(RECIPES / "nrt-tiny-1n0g-cpu.yaml").nrt
     reference = load_recipe(RECIPES / "nrt-tiny-1n0g-cpu.yaml", [], ["nrt.preset=reference"]).nrt
     differing = {name for name in vars(plain) if getattr(plain, name) != getattr(reference, name)}
-    assert differing == {"preset", "train_forced_marker"}
+    assert differing == {"preset", "train_forced_marker", "max_inverse_prob_weight"}
