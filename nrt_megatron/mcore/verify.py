@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -92,8 +93,8 @@ def transformers_logits(hf_dir: Path, ids: Tensor, dtype: str | None = None) -> 
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    stored = getattr(torch, dtype) if dtype else "auto"
-    model = AutoModelForCausalLM.from_pretrained(hf_dir, torch_dtype=stored).float().eval()
+    model = AutoModelForCausalLM.from_pretrained(hf_dir).float().eval()
+    _round(model, dtype)
     return model(ids[None]).logits[0]
 
 
@@ -102,13 +103,20 @@ def megatron_logits(checkpoint: Path, shape: ModelShape, ids: Tensor, dtype: str
     """float32 [s, padded v] of the checkpoint's weights on one rank, through Megatron's own loading."""
     with _alone() as cfg:
         (model,) = build_chunks(shape, replace(cfg, transformer_impl="local"))
-        state = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(checkpoint / "dist"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch's own, on every checkpoint of Megatron
+            state = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(checkpoint / "dist"))
         model.load_state_dict(state["model"])
-        if dtype:
-            for parameter in model.parameters():
-                parameter.copy_(parameter.to(getattr(torch, dtype)))
+        _round(model, dtype)
         positions = torch.arange(len(ids))[None]
         return model.eval()(ids[None], positions, None)[0].float()
+
+
+def _round(model: torch.nn.Module, dtype: str | None) -> None:
+    """Rounds the parameters to `dtype`, in place and still in float32."""
+    if dtype:
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(getattr(torch, dtype)))
 
 
 @contextmanager
