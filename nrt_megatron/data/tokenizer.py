@@ -149,7 +149,11 @@ class Tokenizer:
         if index is not None and (marker in self._backend.known or self.decode([index]) == marker):
             ids: tuple[int, ...] = (index,)
         else:
-            ids = tuple(self.encode([Piece(marker, trusted=True)]))
+            try:
+                ids = tuple(self.encode([Piece(marker, trusted=True)]))
+            except ValueError as error:
+                remedy = "set policy.tokenizer.add_marker=true, or name a token of the tokenizer"
+                raise ConfigError.at(_MARKER, marker, str(error), remedy) from None
         if len(ids) != 1 and settings.require_single_token_marker:
             raise ConfigError.at(
                 _MARKER,

@@ -15,6 +15,7 @@ import torch
 # `runtime.describe`.
 warnings.filterwarnings("ignore", module=r"megatron\..*")
 warnings.filterwarnings("ignore", message=r".*(Transformer Engine|Apex|apex).*")
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\..*")  # Megatron's calls
 logging.getLogger("megatron").setLevel(logging.ERROR)
 
 HAS_GPU = torch.cuda.is_available() and os.environ.get("NRT_DEVICE", "") != "cpu"
