@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -67,6 +69,27 @@ class SDPACoreAttention(MegatronModule):
             enable_gqa=q.size(1) != k.size(1),
         )
         return out.permute(2, 0, 1, 3).flatten(2)  # [sq, b, heads * d]
+
+
+class CachingSelfAttention(SelfAttention):
+    """SelfAttention whose KV cache holds keys with RoPE already applied.
+
+    Megatron's static cache keeps them bare and rotates all of them again, in every layer and for every token
+    drawn: several passes over the cache where attention itself reads it once. Training is untouched.
+    """
+
+    def _adjust_key_value_for_inference(
+        self, inference_context, query: Tensor, key: Tensor, value: Tensor, rotary_pos_emb, *args, **kwargs
+    ):
+        if inference_context is not None and rotary_pos_emb is not None:
+            angles, _ = rotary_pos_emb  # of the tokens that are fed, [s, b or 1, 1, d]
+            query, key = (
+                apply_rotary_pos_emb(x, angles, config=self.config, cp_group=self.pg_collection.cp) for x in (query, key)
+            )
+            rotary_pos_emb = None
+        return super()._adjust_key_value_for_inference(
+            inference_context, query, key, value, rotary_pos_emb, *args, **kwargs
+        )
 
 
 def hidden_columns(

@@ -76,7 +76,7 @@ class KVCache:
             mask = hidden_columns(
                 positions, self.positions[rows, :end], self.exists[rows, :end], window[0] + 1 if window else None
             )
-        output = self._through_pipeline(tokens, self.positions[rows, :end], mask, labels, shared_rows=not ragged)
+        output = self._through_pipeline(tokens, positions, mask, labels, shared_rows=not ragged)
         if keep:
             self.length = end
         return output

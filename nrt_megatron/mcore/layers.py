@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from nrt_megatron.convert.config import RopeScaling
-from nrt_megatron.mcore.attention import SDPACoreAttention
+from nrt_megatron.mcore.attention import CachingSelfAttention, SDPACoreAttention
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -84,6 +84,7 @@ def block_spec(config: TransformerConfig, use_te: bool, vp_stage: int | None) ->
         layer = get_gpt_layer_local_spec(normalization="RMSNorm")
         norm = RMSNorm
     layer = copy.deepcopy(layer)
+    layer.submodules.self_attention.module = CachingSelfAttention
     layer.submodules.self_attention.submodules.core_attention = SDPACoreAttention
     if not use_te:
         layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = norm

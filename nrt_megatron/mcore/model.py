@@ -80,7 +80,7 @@ class PolicyModel(GPTModel):
         shared_rows: bool = False,
         **kwargs,
     ) -> Tensor:
-        """tokens int64 [b, s], position_ids int64 [b, s] (with a KV cache: of all its columns so far).
+        """tokens int64 [b, s], position_ids int64 [b, s] of each token in its own sequence.
 
         Returns hidden states [s, b, h] before the last stage. On the last stage: with `labels`, float32
         [2, n], the log-probs and entropies of the scored tokens; without, logits of the last column,
