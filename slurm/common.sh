@@ -2,14 +2,15 @@
 # What the job scripts share; sourced by them. Submit from the repository's root, or set NRT_ROOT to it.
 #
 # The environment of the ranks, by variable:
-#   NRT_CONTAINER         image for pyxis/enroot (srun --container-image), e.g. nvcr.io#nvidia/pytorch:25.09-py3
+#   NRT_CONTAINER         image for pyxis/enroot; a squashfs file, for four steps start from it
 #   NRT_CONTAINER_MOUNTS  what it sees besides the repository, e.g. /data,/scratch:/scratch
 #   NRT_VENV              without a container: a virtual environment; default .venv, else the python on PATH
 #   NRT_MASTER_PORT       port of the first node where ranks meet; default: drawn from the job's id
 # NCCL, CUDA and other variables reach the ranks as they are set at submission.
 #
 # Exit codes of a rank and of a job: 0 the run is complete; 75 it was asked to stop, has checkpointed and is not
-# complete; 2 a mistake of the user; anything else a failure. Only 75 requeues the job.
+# complete; 2 a mistake of the user; anything else a failure. Only 75 requeues the job here; Slurm does by itself
+# when a node dies. A run continues from its last checkpoint, so submitting the same command again is always right.
 
 set -euo pipefail
 
@@ -58,7 +59,9 @@ once() {
 recipe_value() {
   awk -v section="${2:+$1}" -v key="${2:-$1}:" '
     /^[^ ]/ { inside = ($1 == section ":") }
-    (section == "" ? /^[^ ]/ : inside) && $1 == key { sub(/^[^:]*: */, ""); gsub(/^["'\'']|["'\'']$/, ""); print; exit }
+    (section == "" ? /^[^ ]/ : inside) && $1 == key {
+      sub(/^[^:]*: */, ""); gsub(/^["'\'']|["'\'']$/, ""); print; exit
+    }
   ' <<<"$resolved"
 }
 
@@ -87,7 +90,7 @@ check_allocation() {
     ranks_per_node=$((ranks / nodes))
   elif ((gpus != have_gpus)); then
     die "cluster.gpus_per_node=$gpus, but the job has $have_gpus GPUs on a node;" \
-      "submit with sbatch --gpus-per-node=$gpus, or set cluster.gpus_per_node=$have_gpus"
+      "set cluster.gpus_per_node=$have_gpus, or submit to nodes with $gpus"
   else
     ranks_per_node=$gpus
   fi
@@ -97,11 +100,11 @@ check_allocation() {
 environment_facts() {
   echo "date: $(date --iso-8601=seconds)"
   echo "job: $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0}, nodes $SLURM_JOB_NODELIST"
-  echo "commit: $(git rev-parse HEAD 2>/dev/null || echo unknown) $(git status --porcelain --untracked-files=no 2>/dev/null |
-    wc -l) files changed since"
+  echo "commit: $(git rev-parse HEAD 2>/dev/null || echo unknown)"
+  git status --short --untracked-files=no 2>/dev/null | sed 's/^/changed since: /'
   echo "container: ${NRT_CONTAINER:-none}"
   command -v nvidia-smi >/dev/null && nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv
-  env | grep -E '^(NCCL|GLOO|CUDA|NVTE|TORCH|OMP|UCX|FI|NRT|SLURM_JOB|SLURM_GPUS)_?[A-Z_]*=' | sort || true
+  env | grep -E '^(NCCL|GLOO|CUDA|NVTE|TORCH|OMP|UCX|FI|NRT|SLURM_JOB|SLURM_GPUS)_[A-Z0-9_]*=' | sort
   once python -c '
 import platform
 from importlib.metadata import distributions
@@ -124,10 +127,10 @@ nrt_train() {
   check_allocation
   logs=$(realpath -m "$(recipe_value run_dir)")/logs/$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
   mkdir -p "$logs"
-  say "job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0}: $recipe $*, $SLURM_JOB_NUM_NODES nodes x $ranks_per_node ranks"
+  say "job $SLURM_JOB_ID, restart ${SLURM_RESTART_COUNT:-0}: $SLURM_JOB_NUM_NODES nodes x $ranks_per_node ranks, $recipe $*"
   say "one log per rank and the environment in $logs"
   echo "$resolved" | tee "$logs/recipe.yaml"
-  environment_facts >"$logs/environment.txt"
+  environment_facts >"$logs/environment.txt" || say "some facts of the environment are missing; going on"
   once python -m nrt_megatron plan "$logs/recipe.yaml" 2>&1 | tee "$logs/plan.txt" || say "nrt plan failed; going on"
   if [[ -z $stop_asked ]]; then
     run_ranks "$logs"
@@ -141,9 +144,9 @@ ask_to_stop() {
   stop_asked=$1
   say "SIG$1: the ranks are asked to checkpoint and stop"
   while :; do
-    scancel --quiet --signal=USR1 "$SLURM_JOB_ID" || true # no step yet, or none any more
+    scancel --signal=USR1 "$SLURM_JOB_ID" || true # no step yet, or none any more
     sleep 5
-  done &
+  done &>/dev/null &
   asking=$!
 }
 
@@ -192,16 +195,16 @@ report_failures() {
     first=${first:-${file%.exit}.log}
   done
   if [[ -n $first ]]; then
-    tail --lines=30 "$first"
+    tail --lines=30 "$first" || true
   elif ((${srun_code:-0})); then
-    tail --lines=10 "$1"/torchrun-*.log
+    tail --lines=10 "$1"/torchrun-*.log || true
   fi
 }
 
 # The job again, in the queue under its own id. Not when it is being cancelled or requeued already.
 requeue() {
   local state
-  state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)
+  state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T || echo unknown)
   if [[ $state != RUNNING ]]; then
     say "unfinished; the job is $state and left alone"
   elif scontrol requeue "$SLURM_JOB_ID"; then

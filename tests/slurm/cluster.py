@@ -13,6 +13,7 @@ import socket
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,6 +59,11 @@ def missing_requirement() -> str:
     probe = ["unshare", "--uts", "--mount", "--pid", "--fork", "--mount-proc", "true"]
     if shutil.which("unshare") is None or subprocess.run(probe, capture_output=True).returncode != 0:
         return "this machine does not allow new namespaces (unshare)"
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            _fake_gpus(Path(scratch) / "dev")
+        except PermissionError:
+            return "this machine does not allow device nodes (mknod)"
     if all(shutil.which(name) for name in ("slurmctld", "slurmd", "sbatch", "munged")):
         return ""
     install = f"apt-get install -y --no-install-recommends {' '.join(PACKAGES)}"
@@ -136,11 +142,11 @@ class PrivateSlurm:
         restarts = int(fields["Restarts"])
         return Job(job_id, fields["JobState"], fields["ExitCode"], restarts, Path(fields["StdOut"]))
 
-    def wait(self, job_id: str, timeout: float = 120) -> Job:
+    def wait(self, job_id: str, timeout: float = 240) -> Job:
         """The job when it has ended; after `timeout` seconds an AssertionError with its log."""
         return self.wait_until(job_id, lambda job: job.ended, timeout)
 
-    def wait_until(self, job_id: str, reached, timeout: float = 120) -> Job:
+    def wait_until(self, job_id: str, reached: Callable[[Job], bool], timeout: float = 240) -> Job:
         """The job as soon as `reached(job)` holds; fails when the job ends before, and after `timeout` seconds."""
         deadline = time.monotonic() + timeout
         while not reached(job := self.job(job_id)):
@@ -150,21 +156,21 @@ class PrivateSlurm:
         return job
 
     def crash(self, node: str) -> None:
-        """Power loss of a node: its slurmd and all its processes are gone at once."""
+        """Power loss of a node: its slurmd and all its processes are gone at once; `start_node` brings it back."""
         self._kill(node)
 
     # Daemons ----------------------------------------------------------------------------------------------------
 
     def _configure(self) -> None:
         ports = _free_ports(1 + len(NODES))
-        gres = _fake_gpus(self.dir / "dev")
         nodes = "\n".join(
-            f"NodeName={name} NodeAddr=127.0.0.1 Port={port} CPUs=64 RealMemory=1000000 State=UNKNOWN"
-            + (f" Gres=gpu:{GPUS_PER_NODE}" if gres else "")
+            f"NodeName={name} NodeAddr=127.0.0.1 Port={port} CPUs=64 RealMemory=1000000 Gres=gpu:{GPUS_PER_NODE}"
             for name, port in zip(NODES, ports[1:])
         )
         self._write("slurm.conf", _SLURM_CONF.format(ctl_port=ports[0], dir=self.dir, nodes=nodes))
-        self._write("gres.conf", gres)
+        _fake_gpus(self.dir / "dev")
+        devices = f"{self.dir}/dev/gpu[0-{GPUS_PER_NODE - 1}]"
+        self._write("gres.conf", f"NodeName={','.join(NODES)} Name=gpu File={devices}\n")
         names = " ".join(("localhost", "auth", "ctl", *NODES))
         self._write("hosts", f"127.0.0.1 {names}\n")
         (self.dir / "munge.key").write_bytes(os.urandom(1024))
@@ -175,12 +181,14 @@ class PrivateSlurm:
         (self.dir / name).write_text(text)
 
     def _start(self) -> None:
-        files = " ".join(
-            f"--{option}={self.dir}/munge.{suffix}"
-            for option, suffix in (
-                ("socket", "socket"), ("key-file", "key"), ("pid-file", "pid"), ("seed-file", "seed"), ("log-file", "log")
-            )
-        )
+        suffixes = {
+            "socket": "socket",
+            "key-file": "key",
+            "pid-file": "pid",
+            "seed-file": "seed",
+            "log-file": "log",
+        }
+        files = " ".join(f"--{option}={self.dir}/munge.{suffix}" for option, suffix in suffixes.items())
         self._daemon("auth", f"munged --force --foreground --num-threads=1 {files}")
         _wait_for((self.dir / "munge.socket").exists, "munged", self._logs)
         self._daemon("ctl", "slurmctld -D")
@@ -230,6 +238,17 @@ class PrivateSlurm:
             self._kill(host)
         shutil.rmtree(self.dir)
 
+    def survivors(self) -> list[str]:
+        """Command lines of processes that belong to the cluster: after `stop` there is none."""
+        found = []
+        for process in Path("/proc").glob("[0-9]*"):
+            try:
+                if f"SLURM_CONF={self.dir}/".encode() in (process / "environ").read_bytes():
+                    found.append((process / "cmdline").read_text().replace("\0", " "))
+            except OSError:  # it has just ended
+                continue
+        return found
+
 
 def _free_ports(count: int) -> list[int]:
     sockets = [socket.socket() for _ in range(count)]
@@ -241,18 +260,14 @@ def _free_ports(count: int) -> list[int]:
     return ports
 
 
-def _fake_gpus(directory: Path) -> str:
-    """gres.conf for devices made here; '' where device nodes cannot be made. They are /dev/null by another name."""
+def _fake_gpus(directory: Path) -> None:
+    """Device nodes for gres.conf: /dev/null by another name. Raises PermissionError where none may be made."""
     directory.mkdir()
-    try:
-        for index in range(GPUS_PER_NODE):
-            os.mknod(directory / f"gpu{index}", 0o20666, os.makedev(1, 3))
-    except PermissionError:
-        return ""
-    return f"NodeName={','.join(NODES)} Name=gpu File={directory}/gpu[0-{GPUS_PER_NODE - 1}]\n"
+    for index in range(GPUS_PER_NODE):
+        os.mknod(directory / f"gpu{index}", 0o20666, os.makedev(1, 3))
 
 
-def _wait_for(reached, what: str, logs, timeout: float = 20) -> None:
+def _wait_for(reached: Callable[[], bool], what: str, logs: Callable[[], str], timeout: float = 20) -> None:
     deadline = time.monotonic() + timeout
     while not reached():
         assert time.monotonic() < deadline, f"no {what} after {timeout} s\n{logs()}"

@@ -27,6 +27,7 @@ def slurm() -> Iterator[PrivateSlurm]:
     with PrivateSlurm() as cluster:
         cluster.env["NRT_VENV"] = sys.prefix
         yield cluster
+    assert not cluster.survivors()
 
 
 @pytest.fixture

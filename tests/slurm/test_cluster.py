@@ -67,29 +67,30 @@ def test_a_cancelled_job_checkpoints_and_stays_cancelled(slurm: PrivateSlurm, st
 
 
 @pytest.mark.parametrize(
-    "sbatch, recipe, message",
+    "nodes, override, message",
     [
         (
-            ("--nodes=1",),
-            (),
-            "nrt: cluster.num_nodes=2, but the job has 1 nodes; submit with sbatch --nodes=2,"
-            " or set cluster.num_nodes=1",
+            1,
+            "cluster.cpu_ranks=4",
+            "cluster.num_nodes=2, but the job has 1 nodes; submit with sbatch --nodes=2, or set cluster.num_nodes=1",
         ),
         (
-            ("--nodes=2", "--gpus-per-node=4"),
-            ("cluster.gpus_per_node=8",),
-            "nrt: cluster.gpus_per_node=8, but the job has 4 GPUs on a node; submit with sbatch --gpus-per-node=8,"
-            " or set cluster.gpus_per_node=4",
+            2,
+            "cluster.gpus_per_node=4",
+            "cluster.gpus_per_node=4, but the job has 8 GPUs on a node; set cluster.gpus_per_node=8,"
+            " or submit to nodes with 4",
         ),
     ],
     ids=["nodes", "gpus"],
 )
 def test_an_allocation_of_another_size_ends_before_ranks(
-    slurm: PrivateSlurm, standin: Path, sbatch: tuple[str, ...], recipe: tuple[str, ...], message: str
+    slurm: PrivateSlurm, standin: Path, nodes: int, override: str, message: str
 ):
-    job = slurm.wait(slurm.submit(*sbatch, "slurm/nrt_70b.sh", "recipe.yaml", *recipe, cwd=standin))
-    assert (job.state, job.exit_code) == ("FAILED", "2:0")
-    assert job.log().splitlines() == [message]
+    job = slurm.wait(
+        slurm.submit(f"--nodes={nodes}", "slurm/nrt_70b.sh", "recipe.yaml", override, cwd=standin)
+    )
+    assert (job.state, job.exit_code) == ("FAILED", "2:0"), job.log()
+    assert job.log() == f"nrt: {message}\n"
     assert not (standin / "runs").exists()
 
 
@@ -104,4 +105,6 @@ def test_release_chains_convert_train_export(slurm: PrivateSlurm, standin: Path)
         assert (name, job.state) == (name, "COMPLETED"), job.log()
     assert (standin / "work/base/meta.json").read_text() == str(standin / "hf")
     assert steps(standin, "work/run", 0) == [1, 2, 3, 4]
-    assert (standin / "work/release/meta.json").read_text() == str(standin / "work/run/checkpoints/step_00000004")
+    assert (standin / "work/release/meta.json").read_text() == str(
+        standin / "work/run/checkpoints/step_00000004"
+    )

@@ -68,7 +68,9 @@ class Allocation:
     def run(self, *args: str, script: str = "nrt_70b.sh") -> subprocess.CompletedProcess[str]:
         """`sbatch SCRIPT ARGS`, as the batch script runs."""
         command = ["bash", f"slurm/{script}", *args]
-        return subprocess.run(command, cwd=self.root, env=self.env, capture_output=True, text=True, timeout=30)
+        return subprocess.run(
+            command, cwd=self.root, env=self.env, capture_output=True, text=True, timeout=30
+        )
 
     def called(self, start: str) -> list[str]:
         """The calls that begin with `start`."""
@@ -114,7 +116,9 @@ def test_header_asks_for_what_the_default_recipe_needs(script: str):
         ),
     ],
 )
-def test_everything_after_the_scripts_name_reaches_the_recipe(job: Allocation, args: tuple[str, ...], passed: str):
+def test_everything_after_the_scripts_name_reaches_the_recipe(
+    job: Allocation, args: tuple[str, ...], passed: str
+):
     assert job.run(*args).returncode == 0
     assert job.called("python -m nrt_megatron train") == [f"python -m nrt_megatron train {passed} --dry-run"]
 
@@ -132,7 +136,9 @@ def test_prints_recipe_and_plan_and_keeps_them_with_the_environment(job: Allocat
 
 
 def test_a_plan_that_fails_is_one_line_and_no_obstacle(job: Allocation):
-    job.stub("venv/bin/python", f'case "$*" in *--dry-run*) cat {job.root}/resolved.yaml;; *plan*) exit 1;; esac')
+    job.stub(
+        "venv/bin/python", f'case "$*" in *--dry-run*) cat {job.root}/resolved.yaml;; *plan*) exit 1;; esac'
+    )
     done = job.run()
     assert done.returncode == 0 and "nrt: nrt plan failed; going on\n" in done.stdout
     assert job.called("srun")
@@ -158,28 +164,25 @@ def test_container_for_every_process(job: Allocation):
 
 
 @pytest.mark.parametrize(
-    "cluster, have, message",
+    "cluster, message",
     [
         (
             {"num_nodes": 16},
-            {},
             "cluster.num_nodes=16, but the job has 2 nodes; submit with sbatch --nodes=16, or set cluster.num_nodes=2",
         ),
         (
             {"gpus_per_node": 4},
-            {},
-            "cluster.gpus_per_node=4, but the job has 8 GPUs on a node; submit with sbatch --gpus-per-node=4,"
-            " or set cluster.gpus_per_node=8",
+            "cluster.gpus_per_node=4, but the job has 8 GPUs on a node; set cluster.gpus_per_node=8,"
+            " or submit to nodes with 4",
         ),
         (
             {"gpus_per_node": 0, "cpu_ranks": 3},
-            {},
             "cluster.cpu_ranks=3: does not divide over 2 nodes; set a multiple of 2",
         ),
     ],
 )
 def test_mismatch_is_one_line_before_anything_is_written(
-    job: Allocation, cluster: dict[str, int], have: dict[str, str], message: str
+    job: Allocation, cluster: dict[str, int], message: str
 ):
     job.recipe({**RESOLVED, "cluster": {**RESOLVED["cluster"], **cluster}})
     done = job.run()
@@ -228,8 +231,10 @@ def test_only_an_unfinished_run_is_requeued(
     job: Allocation, srun: int, ends: dict[str, str], code: int, requeued: bool
 ):
     logs = '"${@: -1}"'
-    writes = "".join(f"echo {end} > {logs}/rank-{rank}.exit; echo said-{rank} > {logs}/rank-{rank}.log\n"
-                     for rank, end in ends.items())
+    writes = "".join(
+        f"echo {end} > {logs}/rank-{rank}.exit; echo said-{rank} > {logs}/rank-{rank}.log\n"
+        for rank, end in ends.items()
+    )
     job.stub("bin/srun", f"{writes}exit {srun}")
     done = job.run()
     assert done.returncode == code
@@ -240,7 +245,10 @@ def test_only_an_unfinished_run_is_requeued(
 
 @pytest.mark.parametrize(
     "squeue, scontrol, says",
-    [("COMPLETING", "", "the job is COMPLETING and left alone"), ("RUNNING", "exit 1", "submit the same command again")],
+    [
+        ("COMPLETING", "", "the job is COMPLETING and left alone"),
+        ("RUNNING", "exit 1", "submit the same command again"),
+    ],
 )
 def test_no_requeue_of_a_cancelled_job_or_where_it_is_refused(
     job: Allocation, squeue: str, scontrol: str, says: str
@@ -254,18 +262,18 @@ def test_no_requeue_of_a_cancelled_job_or_where_it_is_refused(
 
 def test_a_signal_reaches_ranks_through_scancel_and_requeues(job: Allocation):
     # The batch script gets the signal while its ranks run; they are told by scancel, never through srun.
-    job.stub(
-        "bin/srun",
-        'kill -USR1 $PPID; until grep -q ^scancel "$CALLS"; do sleep 0.05; done; echo 75 n1 > "${@: -1}"/rank-0000.exit',
-    )
+    script = 'kill -USR1 $PPID; until grep -q ^scancel "$CALLS"; do sleep 0.05; done; '
+    job.stub("bin/srun", script + 'echo 75 n1 > "${@: -1}"/rank-0000.exit')
     done = job.run()
     assert done.returncode == 75 and job.called("scontrol requeue 42")
-    assert job.called("scancel") == ["scancel --quiet --signal=USR1 42"]
+    assert job.called("scancel") == ["scancel --signal=USR1 42"]
 
 
 def test_a_signal_before_the_ranks_start_requeues_without_starting_them(job: Allocation):
     to_the_script = "kill -USR1 $(ps -o ppid= $PPID)"  # above the $(...) that catches the output
-    job.stub("venv/bin/python", f'case "$*" in *--dry-run*) cat {job.root}/resolved.yaml; {to_the_script};; esac')
+    job.stub(
+        "venv/bin/python", f'case "$*" in *--dry-run*) cat {job.root}/resolved.yaml; {to_the_script};; esac'
+    )
     done = job.run()
     assert done.returncode == 75 and job.called("scontrol requeue 42") and not job.called("srun")
 
@@ -274,4 +282,6 @@ def test_export_takes_the_latest_checkpoint_of_a_run(job: Allocation):
     (job.root / "run/checkpoints").mkdir(parents=True)
     (job.root / "run/checkpoints/latest").write_text("step_00000060\n")
     assert job.run("run", "out", "--verify", script="export.sh").returncode == 0
-    assert job.called("python") == ["python -m nrt_megatron export run/checkpoints/step_00000060 out --verify"]
+    assert job.called("python") == [
+        "python -m nrt_megatron export run/checkpoints/step_00000060 out --verify"
+    ]

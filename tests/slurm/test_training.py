@@ -49,11 +49,15 @@ def rows(run_dir: Path) -> list[dict[str, Any]]:
 
 def learned(run_dir: Path) -> list[dict[str, Any]]:
     """The rows without what depends on the machine's load."""
-    return [{key: value for key, value in row.items() if not key.startswith(MEASURED)} for row in rows(run_dir)]
+    return [
+        {key: value for key, value in row.items() if not key.startswith(MEASURED)} for row in rows(run_dir)
+    ]
 
 
 @pytest.fixture(scope="module")
-def undisturbed(slurm: PrivateSlurm, inputs: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, Path]:
+def undisturbed(
+    slurm: PrivateSlurm, inputs: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Job, Path]:
     """A run from the first step to the last."""
     run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
     return slurm.wait(submit(slurm, run_dir, *inputs)), run_dir
