@@ -8,6 +8,7 @@ more on the prompt's cache; then the ended rows leave the batch.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -25,6 +26,9 @@ from nrt_megatron.recipe import Generation
 COMPACT_SHARE = 0.25
 """Ended rows leave the batch when they are this share of it: each departure costs a copy of the cache."""
 
+PARTS_PER_STAGE = 2
+"""Parts of a rollout in flight per pipeline stage; more would make them smaller for little gain."""
+
 
 class MegatronGenerator:
     """Implements `rollout.Generator` on model chunks of any tensor and pipeline layout."""
@@ -35,18 +39,36 @@ class MegatronGenerator:
         self.marker = torch.tensor(marker_ids, device=runtime.device)
         self.stop = torch.tensor(sorted(set(stop_ids) - set(marker_ids)), device=runtime.device)
         self.vocab_size = vocab_size
+        # n parts keep each of p stages busy for n of n + p - 1 turns.
+        self.parts_in_flight = 1 if runtime.pp_size == 1 else PARTS_PER_STAGE * runtime.pp_size
 
     def generate(self, request: Request) -> Generated:
-        """Traces for every prompt of the request, in its order; the same on all ranks of a model replica."""
+        """Traces for every prompt of the request, in its order; the same on all ranks of a model replica.
+
+        At most `max_batch_size` traces share memory. With pipeline stages they are cut further and decoded in
+        turn, so that a stage works on one part while the others have the next.
+        """
         groups = max(1, self.cfg.max_batch_size // request.num_generations)
         lengths = torch.tensor([len(p) for p in request.prompts])
         # Prompts of similar length together: columns are shared, so a short prompt is padded to the longest.
         order = lengths.argsort(stable=True)
-        parts = []
+        done: list[Generated] = []
         with inference_mode(self.chunks):
-            for part in order.split(groups):
-                parts.append(_Batch(self, request.subset(part.tolist())).run())
-        return Generated.concatenate(parts, order.argsort())
+            for wave in order.split(groups):
+                parts = [part.tolist() for part in wave.chunk(min(len(wave), self.parts_in_flight))]
+                batches = [_Batch(self, request.subset(part)) for part in parts]
+                _take_turns([batch.decode() for batch in batches])
+                done += [batch.collect() for batch in batches]
+        return Generated.concatenate(done, order.argsort())
+
+
+def _take_turns(decoders: list[Iterator[None]]) -> None:
+    """Advances each decoder by one forward in turn until all have ended; every rank in the same order."""
+    while decoders:
+        decoders = [decoder for decoder in decoders if next(decoder, _ENDED) is not _ENDED]
+
+
+_ENDED = object()
 
 
 class _Batch:
@@ -86,8 +108,10 @@ class _Batch:
             self.uniform = uniforms(owner.seed, request.step, request.indices, self.K, self.ids.size(1)).flatten(0, 1)
             self.uniform = self.uniform.to(device)  # [G * K, T]
 
-    def run(self) -> Generated:
+    def decode(self) -> Iterator[None]:
+        """Runs the batch, pausing after each forward: its results are not needed before the next turn."""
         logits = self._prefill()
+        yield
         active = torch.arange(self.rows, device=self.finish.device)  # cache row -> trace
         for step in range(self.limit + self.M):
             tokens = self._draw(logits, active, step)
@@ -105,7 +129,7 @@ class _Batch:
                 break
             group = active // self.K
             logits = self.cache.forward(tokens[:, None], (self.prompt_lengths[group] + step)[:, None], None)
-        return self._collect()
+            yield
 
     def _prefill(self) -> Tensor | None:
         """Feeds each prompt once, scores the baseline on it, and spreads its cache over the group."""
@@ -230,7 +254,7 @@ class _Batch:
         self._score_block(None, 0, self.prompt_lengths, torch.zeros_like(self.prompt_lengths), self.answers,
                           self.answer_lengths)  # fmt: skip
 
-    def _collect(self) -> Generated:
+    def collect(self) -> Generated:
         """Shares the sampling rank's numbers with its replica and shapes everything by group."""
         rows = torch.arange(self.rows, device=self.finish.device)
         runtime = self.owner.runtime
@@ -247,6 +271,8 @@ class _Batch:
         # The log-probs of a marker that was drawn are the sampler's.
         drawn_marker = log_probs.gather(1, (z[:, None] + columns[: self.M]).clamp(max=self.ids.size(1) - 1))
         marker = torch.where(produced[:, None], drawn_marker, marker)
+        answered = torch.arange(self.A, device=rows.device) < self.answer_lengths[:, None]  # [G, A]
+        answer = torch.where(answered.repeat_interleave(self.K, dim=0), answer, 0.0)
         last = (self.drawn - 1).clamp(min=0)[:, None]
         return Generated(
             trace_ids=torch.where(columns < z[:, None], traces, -1)[:, : self.limit].view(by_group),
@@ -258,7 +284,7 @@ class _Batch:
             stop_log_probs=log_probs.gather(1, last).view(self.G, self.K),
             marker_log_probs=marker.view(by_group),
             answer_log_probs=answer.view(by_group),
-            baseline_log_probs=baseline,
+            baseline_log_probs=torch.where(answered, baseline, 0.0),
             num_sampled_tokens=int(self.drawn.sum()),
             num_scored_tokens=self.scored_tokens,
             scoring_seconds=self.scoring_seconds,
