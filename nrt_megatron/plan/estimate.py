@@ -1,0 +1,136 @@
+"""Puts memory, time and traffic of a recipe together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nrt_megatron.convert.config import ModelShape
+from nrt_megatron.plan import efficiency
+from nrt_megatron.plan.costs import Costs, Pass
+from nrt_megatron.plan.gpus import Hardware
+from nrt_megatron.plan.layout import Layout
+from nrt_megatron.plan.memory import GIB, StageMemory, stage_memory
+from nrt_megatron.plan.parameters import stage_parameters
+from nrt_megatron.plan.result import Phase, Plan, StagePlan
+from nrt_megatron.plan.rollout import MARKER, Lengths, RolloutBatch, rollout_work
+from nrt_megatron.plan.traffic import update_traffic
+from nrt_megatron.plan.training import update_time
+from nrt_megatron.recipe import Recipe, num_traces_per_prompt, num_updates_per_step
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to plan. `lengths`: averages, or None for one plain training update of full sequences."""
+
+    recipe: Recipe
+    shape: ModelShape
+    hardware: Hardware
+    lengths: Lengths | None
+    name: str = ""
+
+    @property
+    def samples(self) -> bool:
+        return self.lengths is not None and self.recipe.nrt.reward_scheme != "sft"
+
+
+def estimate(request: Request) -> Plan:
+    """The plan of a recipe that has been checked."""
+    recipe, layout = request.recipe, Layout.of(request.recipe, request.shape, request.hardware)
+    costs = Costs(request.shape, recipe.policy.megatron_cfg, layout)
+    sequences = recipe.policy.train_global_batch_size
+    num_micro_batches = sequences // layout.dp // recipe.policy.train_micro_batch_size
+    micro_batch = _micro_batch(request)
+    one = update_time(costs, micro_batch, num_micro_batches, chunked_loss=request.lengths is not None)
+    num_updates = 1 if request.lengths is None else num_updates_per_step(recipe)
+    every = num_updates * num_micro_batches * layout.dp
+    tokens = every * micro_batch.sequences * micro_batch.tokens
+    flops = every * 3 * costs.model_flops(micro_batch)
+    update = Phase.of(num_updates * one.seconds, tokens, flops, layout.gpus)
+    rollout, scoring = _rollout(request, costs) if request.samples else (Phase(), Phase())
+    stages = _stages(request, costs, num_micro_batches)
+    usable = request.hardware.memory_gib - efficiency.RESERVED_GIB
+    seconds = rollout.seconds + scoring.seconds + update.seconds
+    return Plan(
+        recipe=request.name,
+        hardware=request.hardware.name,
+        memory_gib=usable,
+        gpus=layout.gpus,
+        layout={"tensor": layout.tp, "context": layout.cp, "data": layout.dp, "pipeline": layout.pp, "chunks": layout.chunks},
+        training_only=request.lengths is None,
+        tokens_per_sequence=_tokens(request),
+        stages=stages,
+        fits=max(stage.total_gib for stage in stages) <= usable,
+        rollout=rollout,
+        scoring=scoring,
+        update=update,
+        num_updates=num_updates,
+        update_seconds=one.by_cause,
+        pipeline_bubble=one.bubble_share,
+        traffic_gib={kind: sent / GIB for kind, sent in update_traffic(costs, micro_batch, num_micro_batches).items()},
+        step_seconds=seconds,
+        num_steps=recipe.nrt.max_num_steps,
+        run_gpu_hours=seconds * recipe.nrt.max_num_steps * layout.gpus / 3600,
+    )
+
+
+def _tokens(request: Request) -> dict[str, float]:
+    if request.lengths is None:
+        return {"total": float(request.recipe.policy.max_total_sequence_length)}
+    return {**vars(request.lengths), "total": request.lengths.total}
+
+
+def _micro_batch(request: Request) -> Pass:
+    """One micro-batch of average sequences; packed ones are trees, a prompt with all its traces."""
+    policy = request.recipe.policy
+    if request.lengths is None:
+        return Pass(policy.train_micro_batch_size, policy.max_total_sequence_length)
+    lengths, branches = request.lengths, num_traces_per_prompt(request.recipe)
+    scored = lengths.total - lengths.prompt
+    if not policy.sequence_packing.enabled:
+        return Pass(policy.train_micro_batch_size, lengths.total, scored=scored)
+    tokens = lengths.prompt + branches * scored
+    trees = policy.train_micro_batch_size / branches
+    return Pass(trees, tokens, branches=branches, trunk=lengths.prompt, scored=branches * scored)
+
+
+def _rollout(request: Request, costs: Costs) -> tuple[Phase, Phase]:
+    assert request.lengths is not None
+    prompts = request.recipe.nrt.num_prompts_per_step
+    of_rank = prompts // costs.layout.dp
+    batch = RolloutBatch.of(request.recipe, of_rank, request.lengths)
+    work = rollout_work(costs, batch, of_rank / batch.prompts)
+    sampled = prompts * batch.traces * request.lengths.trace
+    scored = prompts * (batch.traces + 1) * (MARKER + request.lengths.answer)
+    return (
+        Phase.of(work.sampling_seconds, sampled, work.sampling_flops, costs.layout.gpus),
+        Phase.of(work.scoring_seconds, scored, work.scoring_flops, costs.layout.gpus),
+    )
+
+
+def _stages(request: Request, costs: Costs, num_micro_batches: int) -> list[StagePlan]:
+    """Memory of every stage, for the longest sequences that the recipe admits."""
+    recipe, layout = request.recipe, costs.layout
+    longest = Pass(recipe.policy.train_micro_batch_size, recipe.policy.max_total_sequence_length)
+    batch = None
+    if request.samples:
+        batch = RolloutBatch.of(recipe, recipe.nrt.num_prompts_per_step // layout.dp, Lengths.limits(recipe))
+    plans = []
+    for stage in layout.stages:
+        memory = stage_memory(costs, stage, longest, num_micro_batches, batch)
+        parameters = stage_parameters(costs.shape, costs.cfg, layout, stage)
+        plans.append(_stage_plan(stage.layers, parameters, memory))
+    return plans
+
+
+def _stage_plan(layers: int, parameters: int, memory: StageMemory) -> StagePlan:
+    return StagePlan(
+        layers=layers,
+        parameters=parameters,
+        weights_gib=memory.weights / GIB,
+        gradients_gib=memory.gradients / GIB,
+        optimizer_gib=memory.optimizer / GIB,
+        activations_gib=memory.activations / GIB,
+        kv_cache_gib=memory.kv_cache / GIB,
+        workspace_gib=memory.workspace / GIB,
+        total_gib=memory.total / GIB,
+    )

@@ -1,0 +1,137 @@
+"""Rollout and scoring: lengths, the batch that is decoded together, its memory and its seconds.
+
+Mirrors `mcore/generate.py`: a rank decodes its prompts in batches on a static KV cache, every pipeline stage in turn,
+one token a step; marker and answer are then fed to what the cache holds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nrt_megatron.plan.costs import Costs, Pass
+from nrt_megatron.plan.layout import Stage
+from nrt_megatron.plan.parameters import vocab_matrix
+from nrt_megatron.recipe import Recipe, num_traces_per_prompt
+
+MARKER = 1  # tokens
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of a sequence: prompt, trace, and answer with its end token."""
+
+    prompt: float
+    trace: float
+    answer: float
+
+    @property
+    def total(self) -> float:
+        return self.prompt + self.trace + MARKER + self.answer
+
+    @classmethod
+    def limits(cls, recipe: Recipe) -> Lengths:
+        """The longest of each that a batch may hold; not all in one sequence."""
+        trace = 0 if recipe.nrt.reward_scheme == "sft" else recipe.policy.generation.max_new_tokens
+        room = recipe.policy.max_total_sequence_length - trace - MARKER
+        prompt, answer = recipe.data.max_prompt_tokens, recipe.data.max_answer_tokens
+        return cls(min(prompt or room, room - 2), trace, min(answer or room, room - 1))
+
+    @classmethod
+    def typical(cls, recipe: Recipe, prompt: float, trace: float | None, answer: float) -> Lengths:
+        """Averages within the limits; `trace` None: every trace runs to its limit."""
+        most = cls.limits(recipe)
+        wanted = cls(min(prompt, most.prompt), most.trace if trace is None else min(trace, most.trace), min(answer, most.answer))
+        over = wanted.total / recipe.policy.max_total_sequence_length
+        if over <= 1:
+            return wanted
+        room = recipe.policy.max_total_sequence_length - wanted.trace - MARKER
+        share = room / (wanted.prompt + wanted.answer)
+        return cls(wanted.prompt * share, wanted.trace, wanted.answer * share)
+
+
+@dataclass(frozen=True)
+class RolloutBatch:
+    """Prompts of one data-parallel rank that are decoded together, with their traces."""
+
+    prompts: int
+    traces: int
+    """Of each prompt."""
+    lengths: Lengths
+
+    @classmethod
+    def of(cls, recipe: Recipe, prompts_of_rank: int, lengths: Lengths) -> RolloutBatch:
+        traces = num_traces_per_prompt(recipe)
+        groups = max(1, recipe.policy.generation.max_batch_size // traces)
+        return cls(min(groups, prompts_of_rank), traces, lengths)
+
+    @property
+    def rows(self) -> int:
+        return self.prompts * self.traces
+
+    @property
+    def columns(self) -> float:
+        """Of the cache: the longest prompt, trace, marker and answer of the batch, and one drawn beyond the limit."""
+        return self.lengths.total + 1
+
+    def cache_bytes(self, costs: Costs, stage: Stage) -> float:
+        """Keys and values of the stage's layers for every row and column."""
+        shape = costs.shape
+        width = 2 * shape.num_query_groups * shape.kv_channels / costs.layout.tp
+        return stage.layers * width * costs.element * self.rows * self.columns
+
+    def workspace_bytes(self, costs: Costs, stage: Stage) -> float:
+        """The larger of the prompts' forward pass, that of marker and answer on all rows, and drawing a token.
+
+        A forward pass holds one layer at a time; sequence parallelism is off. Masks are bool, and once more in the
+        activations' type inside the attention kernel. Drawing holds the gathered logits in several types.
+        """
+        shape, lengths, element = costs.shape, self.lengths, costs.element
+        token = element * (4 * shape.hidden_size + 4 * shape.ffn_hidden_size / costs.layout.tp)
+        mask = 1 + element
+        prefill = self.prompts * lengths.prompt * (token + mask * lengths.prompt)
+        scoring = self.rows * (MARKER + lengths.answer) * (token + mask * self.columns)
+        chunk = 14 * costs.cfg.logprob_chunk_size * vocab_matrix(shape, costs.cfg) / shape.hidden_size / costs.layout.tp
+        drawing = (element + 28) * self.rows * shape.vocab_size
+        return max(prefill, scoring + stage.last * chunk, stage.last * drawing)
+
+
+@dataclass(frozen=True)
+class RolloutWork:
+    """Seconds on every rank and model FLOPs of all of them, for the batches of a step."""
+
+    sampling_seconds: float
+    sampling_flops: float
+    scoring_seconds: float
+    scoring_flops: float
+
+
+def rollout_work(costs: Costs, batch: RolloutBatch, num_batches: float) -> RolloutWork:
+    """`batch` holds average lengths: decoding ends when its traces do. `num_batches` a data-parallel rank."""
+    lengths, tail = batch.lengths, MARKER + batch.lengths.answer
+    prefill = Pass(batch.prompts, lengths.prompt, scored=1)
+    step = Pass(batch.rows, 1, cached=lengths.prompt + lengths.trace / 2)
+    scoring = [
+        Pass(batch.rows, tail, cached=lengths.prompt + lengths.trace),
+        Pass(batch.prompts, tail, cached=lengths.prompt),
+    ]
+    decode = _through_stages(costs, step) + _drawing(costs, batch)
+    everywhere = num_batches * costs.layout.dp
+    return RolloutWork(
+        sampling_seconds=num_batches * (_through_stages(costs, prefill) + lengths.trace * decode),
+        sampling_flops=everywhere * (costs.model_flops(prefill) + lengths.trace * costs.model_flops(step)),
+        scoring_seconds=num_batches * sum(_through_stages(costs, work) for work in scoring),
+        scoring_flops=everywhere * sum(costs.model_flops(work) for work in scoring),
+    )
+
+
+def _through_stages(costs: Costs, work: Pass) -> float:
+    """One forward pass through all stages, one after the other, without gradients."""
+    layout = costs.layout
+    layers = costs.layer(work, inference=True) * costs.shape.num_layers
+    transfer = costs.stage_transfer_bytes(work.sequences * work.tokens, inference=True) / layout.pipeline_bandwidth
+    return layers.total + costs.output_layer(work.num_scored).total + (layout.pp - 1) * transfer
+
+
+def _drawing(costs: Costs, batch: RolloutBatch) -> float:
+    """Softmax, entropy and inversion of the cumulative distribution over the gathered logits (`mcore/sampling.py`)."""
+    return costs.memory_seconds(80 * batch.rows * costs.shape.vocab_size)
