@@ -64,9 +64,10 @@ def train(
 
     Starts its own ranks, one per GPU or cluster.cpu_ranks, and joins them where torchrun or srun has started them.
     """
-    from nrt_megatron import launch
+    from nrt_megatron import launch, stopping
     from nrt_megatron.recipe import check, check_built, load_recipe, print_notice
 
+    stopping.leave()
     launch.adopt_slurm(os.environ)
     speaks = launch.is_first_rank(os.environ)
     try:
@@ -135,19 +136,74 @@ def _prepare(recipe: Recipe) -> None:
 
 
 @app.command()
+def plan(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="YAML recipe of the run.")],
+    overrides: Annotated[
+        Optional[list[str]], typer.Argument(metavar="[KEY=VALUE]...", help="Dotted keys, e.g. nrt.seed=7.")
+    ] = None,
+    config: Annotated[
+        Optional[list[str]],
+        typer.Option("--config", metavar="OVERLAY", help="YAML laid over the recipe; repeatable."),
+    ] = None,
+    hardware: Annotated[
+        str, typer.Option("--hardware", metavar="GPU", help="h100, h200, b200, or a YAML file.")
+    ] = "h100",
+    training_only: Annotated[
+        bool, typer.Option("--training-only", help="One plain update of full sequences; needs no data.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+    prompt_tokens: Annotated[float, typer.Option(metavar="N", min=1, help="Average prompt.")] = 300,
+    trace_tokens: Annotated[
+        Optional[float], typer.Option(metavar="N", min=1, help="Average trace; default: the limit.")
+    ] = None,
+    answer_tokens: Annotated[float, typer.Option(metavar="N", min=1, help="Average answer.")] = 415,
+) -> None:
+    """Estimate memory, time and GPU-hours of a run, without any GPU."""
+    import json
+    from pathlib import Path
+
+    from nrt_megatron import plan as planner
+    from nrt_megatron.plan.render import show
+    from nrt_megatron.recipe import load_recipe
+
+    unused = ["data.train=unused"] if training_only else []
+    planned = planner.plan(
+        load_recipe(recipe, config or [], [*unused, *(overrides or [])]),
+        planner.load_hardware(hardware),
+        training_only,
+        name=Path(recipe).stem,
+        prompt_tokens=prompt_tokens,
+        trace_tokens=trace_tokens,
+        answer_tokens=answer_tokens,
+    )
+    print(json.dumps(planned.as_json(), indent=2)) if as_json else show(planned)
+
+
+@app.command()
 def convert(
-    hf_dir: Annotated[str, typer.Argument(metavar="HF_DIR", help="Hugging Face directory of a Llama or Mistral model.")],
-    out_dir: Annotated[str, typer.Argument(metavar="OUT_DIR", help="New directory for the Megatron checkpoint.")],
+    hf_dir: Annotated[
+        str, typer.Argument(metavar="HF_DIR", help="Hugging Face directory of a Llama or Mistral model.")
+    ],
+    out_dir: Annotated[
+        str, typer.Argument(metavar="OUT_DIR", help="New directory for the Megatron checkpoint.")
+    ],
     add_token: Annotated[
         Optional[list[str]],
-        typer.Option("--add-token", metavar="T", help="Token to add to tokenizer and embeddings; repeatable."),
+        typer.Option(
+            "--add-token", metavar="T", help="Token to add to tokenizer and embeddings; repeatable."
+        ),
     ] = None,
     init_from: Annotated[
         str, typer.Option("--init-from", metavar="X", help="Rows of added tokens: eos, mean, or a text.")
     ] = "mean",
     no_tokenizer: Annotated[bool, typer.Option("--no-tokenizer", help="Weights alone.")] = False,
-    verify: Annotated[bool, typer.Option("--verify", help="Compare logits with transformers on text.")] = False,
-    dtype: Annotated[Optional[str], typer.Option("--dtype", metavar="float32|bfloat16", help="Cast the weights.")] = None,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="Compare logits with transformers, both models in memory in turn."),
+    ] = False,
+    dtype: Annotated[
+        Optional[str], typer.Option("--dtype", metavar="float32|bfloat16", help="Cast the weights.")
+    ] = None,
 ) -> None:
     """Convert a Hugging Face model to a Megatron checkpoint that loads at any layout."""
     from nrt_megatron.mcore.convert_checkpoint import convert_hf_to_megatron
@@ -165,10 +221,17 @@ def convert(
 
 @app.command()
 def export(
-    checkpoint_dir: Annotated[str, typer.Argument(metavar="CHECKPOINT_DIR", help="Checkpoint of nrt train or convert.")],
+    checkpoint_dir: Annotated[
+        str, typer.Argument(metavar="CHECKPOINT_DIR", help="Checkpoint of nrt convert or nrt train.")
+    ],
     out_dir: Annotated[str, typer.Argument(metavar="OUT_DIR", help="New directory for the release.")],
-    verify: Annotated[bool, typer.Option("--verify", help="Compare logits with transformers on text.")] = False,
-    dtype: Annotated[Optional[str], typer.Option("--dtype", metavar="float32|bfloat16", help="Cast the weights.")] = None,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="Compare logits with transformers, both models in memory in turn."),
+    ] = False,
+    dtype: Annotated[
+        Optional[str], typer.Option("--dtype", metavar="float32|bfloat16", help="Cast the weights.")
+    ] = None,
     max_shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Largest weights file.")] = "5GB",
 ) -> None:
     """Export a checkpoint as a Hugging Face model, ready to release."""
@@ -182,7 +245,8 @@ def _interrupted(signum: int, _frame: object) -> NoReturn:
 
 
 def main() -> None:
-    """Entry point of `nrt`. Exit codes: 0, 1 (a failure), 2 (a mistake of the user), 128 + n (ended by signal n)."""
+    """Entry point of `nrt`. Exit codes: 0, 1 (a failure), 2 (a mistake of the user), 128 + n (ended by signal n);
+    of `nrt train` also 75 (asked to stop by SIGTERM or SIGUSR1; the same command goes on)."""
     signal.signal(signal.SIGTERM, _interrupted)  # unwinds, so that temporary files go and ranks are ended
     signal.signal(signal.SIGINT, _interrupted)
     try:

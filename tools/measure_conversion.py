@@ -1,6 +1,6 @@
 """Measures the peak memory of converting a random checkpoint of about 1 GB to Megatron and back.
 
-    python tools/measure_conversion.py [--gigabytes 1] [--shard-megabytes 256] [--work-dir DIR]
+    python tools/measure_conversion.py [--gigabytes 1] [--shard-megabytes 500] [--work-dir DIR]
 
 Each direction runs as `nrt` in a process of its own, whose peak resident memory the kernel reports; it
 includes Python, torch and every mapped file page. Fails when a peak is 1.5 times the largest shard or more,
@@ -64,7 +64,9 @@ def write_random_checkpoint(directory: Path, gigabytes: float, shard_megabytes: 
             writer.write(name, 0, torch.randn(tensors[name].shape, generator=generator).bfloat16())
         writer.close()
     if plan.is_sharded:
-        (directory / INDEX).write_text(json.dumps({"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}))
+        (directory / INDEX).write_text(
+            json.dumps({"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
+        )
     return max(path.stat().st_size for path in directory.glob("*.safetensors"))
 
 
@@ -98,14 +100,18 @@ def differing(first: Path, second: Path) -> list[str]:
     ours, theirs = HFWeights(first), HFWeights(second)
     names = sorted(ours.tensors.keys() | theirs.tensors.keys())
     common = ours.tensors.keys() & theirs.tensors.keys()
-    return [name for name in names if name not in common or not torch.equal(ours.read(name), theirs.read(name))]
+    return [
+        name for name in names if name not in common or not torch.equal(ours.read(name), theirs.read(name))
+    ]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gigabytes", type=float, default=1.0)
-    parser.add_argument("--shard-megabytes", type=int, default=256)
-    parser.add_argument("--work-dir", type=Path, help="on a disk with room for three copies; default: a temporary one")
+    parser.add_argument("--shard-megabytes", type=int, default=500)
+    parser.add_argument(
+        "--work-dir", type=Path, help="on a disk with room for three copies; default: a temporary one"
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.work_dir) as temporary:
         source, checkpoint, release = (Path(temporary) / name for name in ("hf", "checkpoint", "release"))
@@ -120,7 +126,10 @@ def main() -> int:
         ):
             peak, seconds = measure(Path(temporary) / "peak", *arguments)
             peaks.append(peak)
-            print(f"{title}: peak {peak / 1e6:.0f} MB resident ({peak / largest:.2f} of the largest file), {seconds:.1f} s")
+            share = peak / largest
+            print(
+                f"{title}: peak {peak / 1e6:.0f} MB resident ({share:.2f} of the largest file), {seconds:.1f} s"
+            )
         wrong = differing(source, release)
         print(f"round trip: {len(wrong)} tensors differ" + (f", first {wrong[0]}" if wrong else ""))
     return int(bool(wrong) or max(peaks) >= bound)

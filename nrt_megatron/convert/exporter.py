@@ -84,7 +84,9 @@ def _check_sizes(reader: TorchDistReader, shape: ModelShape) -> None:
             )
 
 
-def _dtypes(reader: TorchDistReader, shape: ModelShape, kind: str, dtype: Optional[str]) -> dict[str, torch.dtype]:
+def _dtypes(
+    reader: TorchDistReader, shape: ModelShape, kind: str, dtype: Optional[str]
+) -> dict[str, torch.dtype]:
     """dtype of each parameter in the release, by checkpoint key."""
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"--dtype {dtype}: not supported; use {' or '.join(DTYPES)}")
@@ -97,7 +99,9 @@ def _dtypes(reader: TorchDistReader, shape: ModelShape, kind: str, dtype: Option
     return dict.fromkeys(keys, reader.dtype(names.EMBEDDING))
 
 
-def _hf_tensors(reader: TorchDistReader, shape: ModelShape, dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
+def _hf_tensors(
+    reader: TorchDistReader, shape: ModelShape, dtypes: Mapping[str, torch.dtype]
+) -> dict[str, Tensor]:
     """Every tensor of the release on the meta device."""
     return {
         source.name: torch.empty(source.shape, dtype=dtypes[parameter.key], device="meta")
@@ -136,7 +140,9 @@ def _write_weights(
                 (*(1 for _ in stack), piece.stop - piece.start, *rest),
             )
             part = part.reshape(-1, *rest)  # [rows, ...]
-            for rows, values in zip(piece.sources, split(part, [r.stop - r.start for r in piece.sources], piece.blocks)):
+            for rows, values in zip(
+                piece.sources, split(part, [r.stop - r.start for r in piece.sources], piece.blocks)
+            ):
                 values = values.to(tensors[rows.name].dtype)
                 place[rows.name].write(rows.name, rows.start, values)
                 done += values.nbytes

@@ -111,7 +111,12 @@ def layer_parameters(shape: ModelShape, layer: int) -> tuple[Parameter, ...]:
             ("post_attention_layernorm", (hidden,)),
             te="mlp.linear_fc1.layer_norm_weight",
         ),
-        entry("mlp.linear_fc1.weight", ("mlp.gate_proj", (ffn, hidden)), ("mlp.up_proj", (ffn, hidden)), tp_axis=COLUMN),
+        entry(
+            "mlp.linear_fc1.weight",
+            ("mlp.gate_proj", (ffn, hidden)),
+            ("mlp.up_proj", (ffn, hidden)),
+            tp_axis=COLUMN,
+        ),
         entry("mlp.linear_fc2.weight", ("mlp.down_proj", (hidden, ffn)), tp_axis=ROW),
     )
 

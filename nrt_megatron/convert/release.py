@@ -64,7 +64,11 @@ def write_chat_template(release: Path, run: Optional[Run]) -> None:
     """
     if run is None or not has_tokenizer(release):
         return
-    files, settings, text = TokenizerFiles(release), run.recipe.policy.tokenizer, run.recipe.data.prompt_template
+    files, settings, text = (
+        TokenizerFiles(release),
+        run.recipe.policy.tokenizer,
+        run.recipe.data.prompt_template,
+    )
     if files.chat_template is not None and text in (None, "chat"):
         template = with_traces(files.chat_template, settings.trace_open, settings.marker)
     else:
@@ -84,7 +88,10 @@ def write_input_names(release: Path) -> None:
     """
     config = TokenizerFiles(release).read_json("tokenizer_config.json")
     if config and "model_input_names" not in config:
-        write_json(release / "tokenizer_config.json", {**config, "model_input_names": ["input_ids", "attention_mask"]})
+        write_json(
+            release / "tokenizer_config.json",
+            {**config, "model_input_names": ["input_ids", "attention_mask"]},
+        )
 
 
 def write_generation_config(release: Path, shape: ModelShape, run: Optional[Run]) -> None:
@@ -106,7 +113,11 @@ def write_model_card(release: Path, meta: CheckpointMeta, shape: ModelShape, run
     lines += ["tags:", "- native-reasoning-training", "---", "", f"# {release_title(run)}", ""]
     lines += [f"A {shape.family} model of {shape.num_layers} layers, hidden size {shape.hidden_size} and"]
     lines += [f"{shape.vocab_size} tokens, stored in {shape.dtype}."]
-    lines += _training(run, meta.step) if run else ["", "Converted without training: the weights are those of its source."]
+    lines += (
+        _training(run, meta.step)
+        if run
+        else ["", "Converted without training: the weights are those of its source."]
+    )
     (release / "README.md").write_text("\n".join(lines) + "\n", "utf-8")
 
 
@@ -120,14 +131,24 @@ def _training(run: Run, step: int) -> Iterator[str]:
     yield ""
     yield f"Trained with Native Reasoning Training (arXiv 2602.11549), reward scheme `{recipe.nrt.reward_scheme}`,"
     yield f"for {step} of {recipe.nrt.max_num_steps} steps of {recipe.nrt.num_prompts_per_step} questions with"
-    yield f"{recipe.nrt.num_generations_per_prompt} traces each. The license is that of the model and data it started from."
-    yield from ["", f"- Started from: `{policy.model.path or 'random weights'}`", f"- Data: `{recipe.data.train}`"]
+    yield f"{recipe.nrt.num_generations_per_prompt} traces each."
+    yield "The license is that of the model and data it started from."
+    yield from [
+        "",
+        f"- Started from: `{policy.model.path or 'random weights'}`",
+        f"- Data: `{recipe.data.train}`",
+    ]
     if recipe.data.validation:
         yield f"- Held-out data: `{recipe.data.validation}`"
     yield from ["", "## Format", ""]
-    yield f"The prompt ends with `{policy.tokenizer.trace_open!r}`; the model writes a trace, the marker"
-    yield f"`{policy.tokenizer.marker}`, and the answer. The chat template does this, and puts a past trace given as"
-    yield "`reasoning_content` of an assistant message before its answer."
+    opening = policy.tokenizer.trace_open
+    yield (
+        f"The prompt ends with `{opening!r}`, which opens the trace."
+        if opening
+        else "The trace follows the prompt."
+    )
+    yield f"The model writes the trace, the marker `{policy.tokenizer.marker}`, and the answer. The chat template does"
+    yield "this, and puts a past trace given as `reasoning_content` of an assistant message before its answer."
     yield from _measured(run.rows)
     yield from ["", "## Recipe", "", "```yaml", *run.recipe_text.rstrip().splitlines(), "```"]
 

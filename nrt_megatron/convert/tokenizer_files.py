@@ -47,7 +47,9 @@ def copy_tokenizer(source: Path, target: Path) -> None:
             shutil.copyfile(source / name, target / name)
 
 
-def add_tokens(directory: Path, texts: Sequence[str], init: str) -> tuple[list[AddedToken], Optional[NewTokens]]:
+def add_tokens(
+    directory: Path, texts: Sequence[str], init: str
+) -> tuple[list[AddedToken], Optional[NewTokens]]:
     """Extends the tokenizer in `directory` in place by `texts`, as special tokens.
 
     Returns what was added and how their rows are made: `init` is `eos`, `mean` or a text (see
@@ -65,7 +67,9 @@ def add_tokens(directory: Path, texts: Sequence[str], init: str) -> tuple[list[A
             raise ConfigError(f"--add-token {text!r}: cannot be added to this tokenizer.\n{error}") from None
         base = base or tokenizer
         if tokenizer.added_tokens != [text]:
-            raise ConfigError(f"--add-token {text!r}: the tokenizer already has it as id {tokenizer.marker_ids[0]}; drop it")
+            raise ConfigError(
+                f"--add-token {text!r}: the tokenizer already has it as id {tokenizer.marker_ids[0]}; drop it"
+            )
         added.append(AddedToken(text, tokenizer.marker_ids[0], init))
         tokenizer.save(directory)
     ids = tuple(token.id for token in added)

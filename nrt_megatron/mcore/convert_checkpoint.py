@@ -80,7 +80,14 @@ def _prove(checkpoint: Path, hf_dir: Path, dtype: Optional[str]) -> None:
 def _progress(title: str) -> Iterator[Callable[[int, int], None]]:
     """A progress bar of bytes on stderr, where that is a terminal."""
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
 
     columns = (TextColumn(title), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     console = Console(stderr=True)

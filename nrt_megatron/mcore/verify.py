@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,6 +28,10 @@ KL_BOUND = 1e-6
 """Largest mean KL divergence per position, in nats."""
 
 
+ARGMAX_BOUND = 0.99
+"""Smallest share of positions with the same most likely token; rounding may swap two that are as good as equal."""
+
+
 @dataclass(frozen=True)
 class Comparison:
     """How far two models' logits are apart on the same tokens."""
@@ -40,12 +45,17 @@ class Comparison:
 
     @property
     def passed(self) -> bool:
-        return self.max_difference <= LOGIT_BOUND and self.kl <= KL_BOUND and self.argmax_agreement == 1.0
+        return (
+            self.max_difference <= LOGIT_BOUND
+            and self.kl <= KL_BOUND
+            and self.argmax_agreement >= ARGMAX_BOUND
+        )
 
     def __str__(self) -> str:
         return (
             f"{self.tokens} tokens: largest logit difference {self.max_difference:.2e} (bound {LOGIT_BOUND:.0e}), "
-            f"same argmax {self.argmax_agreement:.2%}, KL {self.kl:.2e} nats (bound {KL_BOUND:.0e})"
+            f"same argmax {self.argmax_agreement:.2%} (bound {ARGMAX_BOUND:.0%}), KL {self.kl:.2e} nats "
+            f"(bound {KL_BOUND:.0e})"
         )
 
 
@@ -53,11 +63,14 @@ def verify(checkpoint: Path, hf_dir: Path, dtype: str | None = None) -> Comparis
     """Compares the two models in float32 on one process, one after the other in memory.
 
     Weights of both are rounded to `dtype` first, where the conversion did so to one of them. Raises
-    ConfigError when a bound is exceeded. Without a tokenizer in `hf_dir` the text's bytes serve as token ids.
+    ConfigError when a bound is exceeded. Where the tokenizer is missing, or does not know the sample text,
+    its bytes serve as token ids, and a line says so.
     """
     shape = ModelShape.from_hf(CheckpointMeta.read(checkpoint).model)
     ids = sample_ids(hf_dir, ModelShape.from_dir(hf_dir))
-    comparison = compare(transformers_logits(hf_dir, ids, dtype), megatron_logits(checkpoint, shape, ids, dtype))
+    comparison = compare(
+        transformers_logits(hf_dir, ids, dtype), megatron_logits(checkpoint, shape, ids, dtype)
+    )
     if not comparison.passed:
         raise ConfigError(f"verify: {checkpoint} and {hf_dir} are not the same model.\n{comparison}")
     return comparison
@@ -66,7 +79,11 @@ def verify(checkpoint: Path, hf_dir: Path, dtype: str | None = None) -> Comparis
 def compare(theirs: Tensor, ours: Tensor) -> Comparison:
     """Logits [s, v] of transformers and [s, v' >= v] of Megatron: rows added or padded beyond v are left out."""
     ours = ours[:, : theirs.shape[1]]
-    kl = F.kl_div(ours.log_softmax(-1), theirs.log_softmax(-1), log_target=True, reduction="none").sum(-1).mean()
+    kl = (
+        F.kl_div(ours.log_softmax(-1), theirs.log_softmax(-1), log_target=True, reduction="none")
+        .sum(-1)
+        .mean()
+    )
     return Comparison(
         tokens=len(theirs),
         max_difference=float((ours - theirs).abs().max()),
@@ -80,9 +97,15 @@ def sample_ids(hf_dir: Path, shape: ModelShape) -> Tensor:
     if any((hf_dir / name).is_file() for name in VOCABULARIES):
         from transformers import AutoTokenizer
 
-        ids = AutoTokenizer.from_pretrained(hf_dir)(SAMPLE_TEXT)["input_ids"]
+        try:
+            ids = AutoTokenizer.from_pretrained(hf_dir)(SAMPLE_TEXT)["input_ids"]
+            return torch.tensor(ids[: shape.max_position_embeddings])
+        except Exception as error:  # the tokenizers library raises bare Exceptions for a closed vocabulary
+            reason = f"the tokenizer does not take the sample text ({error})"
     else:
-        ids = [byte % shape.vocab_size for byte in SAMPLE_TEXT.encode()]
+        reason = "no tokenizer"
+    print(f"verify: {reason}: comparing on its bytes as token ids", file=sys.stderr)
+    ids = [byte % shape.vocab_size for byte in SAMPLE_TEXT.encode()]
     return torch.tensor(ids[: shape.max_position_embeddings])
 
 

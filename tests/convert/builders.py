@@ -53,7 +53,13 @@ VARIANTS: dict[str, dict] = {
 
 
 def save_model(
-    directory: Path, variant: str, *, dtype: torch.dtype = torch.float32, shard: str = "5GB", seed: int = 0, **changes
+    directory: Path,
+    variant: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    shard: str = "5GB",
+    seed: int = 0,
+    **changes,
 ) -> Path:
     """A model whose every weight matters for its logits, saved by transformers."""
     from transformers import AutoConfig, AutoModelForCausalLM

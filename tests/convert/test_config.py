@@ -72,7 +72,9 @@ def test_a_changed_field_changes_its_key_only() -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_shape_without_its_config_writes_one_that_reads_the_same(variant: str) -> None:
-    shape = ModelShape.from_hf({**{k: v for k, v in LLAMA.items() if k != "architectures"}, **VARIANTS[variant]})
+    shape = ModelShape.from_hf(
+        {**{k: v for k, v in LLAMA.items() if k != "architectures"}, **VARIANTS[variant]}
+    )
     assert ModelShape.from_hf(replace(shape, original={}).to_hf()) == shape
 
 
@@ -84,7 +86,10 @@ def test_a_shape_without_its_config_writes_one_that_reads_the_same(variant: str)
         ({"mlp_bias": True}, ("mlp_bias", "True")),
         ({"hidden_act": "gelu"}, ("hidden_act", "gelu", "silu")),
         ({"partial_rotary_factor": 0.5}, ("partial_rotary_factor", "0.5")),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, ("rope_scaling.rope_type", "yarn", "llama3")),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+            ("rope_scaling.rope_type", "yarn", "llama3"),
+        ),
         ({"rope_scaling": {"type": "linear", "factor": 4.0}}, ("rope_scaling.rope_type", "linear")),
         ({"rope_scaling": {**LLAMA3, "factor": None}}, ("rope_scaling.factor", "missing")),
         ({"quantization_config": {"quant_method": "gptq"}}, ("quantization_config", "dequantised")),

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -48,7 +47,9 @@ def logits(directory: Path, text: str = "What is the use of a book?") -> torch.T
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_there_and_back_gives_the_same_bits_and_config(tmp_path, monkeypatch, variant: str, dtype: str) -> None:
+def test_there_and_back_gives_the_same_bits_and_config(
+    tmp_path, monkeypatch, variant: str, dtype: str
+) -> None:
     monkeypatch.setattr(importer, "PIECE_BYTES", 1000)  # several pieces per matrix
     hf = save_model(tmp_path / "hf", variant, dtype=getattr(torch, dtype), shard="40KB")
     import_hf(hf, tmp_path / "checkpoint", tokenizer=False)
@@ -56,7 +57,9 @@ def test_there_and_back_gives_the_same_bits_and_config(tmp_path, monkeypatch, va
     assert len(list(hf.glob("*.safetensors"))) > 3
     assert_identical(tensors(hf), tensors(tmp_path / "back"))
     assert config(hf) == config(tmp_path / "back")
-    theirs, ours = (json.loads((d / "model.safetensors.index.json").read_text()) for d in (hf, tmp_path / "back"))
+    theirs, ours = (
+        json.loads((d / "model.safetensors.index.json").read_text()) for d in (hf, tmp_path / "back")
+    )
     assert ours["weight_map"].keys() == theirs["weight_map"].keys()
     assert ours["metadata"] == theirs["metadata"]
 
@@ -74,7 +77,7 @@ def test_stacked_layers_of_different_dtypes_need_a_dtype(tmp_path) -> None:
     weights = load_file(hf / "model.safetensors")
     weights["model.layers.2.mlp.up_proj.weight"] = weights["model.layers.2.mlp.up_proj.weight"].bfloat16()
     save_file(weights, hf / "model.safetensors")
-    with pytest.raises(ConfigError, match="linear_fc1.weight is bfloat16 and float32; pass --dtype"):
+    with pytest.raises(ConfigError, match=r"linear_fc1\.weight is bfloat16 and float32; pass --dtype"):
         import_hf(hf, tmp_path / "checkpoint", tokenizer=False)
 
 
@@ -128,7 +131,9 @@ def test_added_token_starts_where_its_init_says(tmp_path, variant: str, init: st
 
     before, after = logits(hf), logits(tmp_path / "back")
     assert torch.allclose(before, after[:300], atol=1e-6)
-    like = {"eos": [1], "mean": list(range(300))}.get(init) or tokenizer.encode(init, add_special_tokens=False)
+    like = {"eos": [1], "mean": list(range(300))}.get(init) or tokenizer.encode(
+        init, add_special_tokens=False
+    )
     # The logit is linear in the output row; with an untied or a tied matrix alike.
     assert torch.allclose(after[marker], before[like].mean(), atol=1e-5)
     if init == "mean":  # Jensen: not above the average probability
@@ -159,7 +164,9 @@ def test_a_token_that_exists_is_not_added_again(tmp_path) -> None:
 def test_sentencepiece_tokenizer_is_carried_and_extended(tmp_path) -> None:
     hf = save_sentencepiece(save_model(tmp_path / "hf", "llama2", vocab_size=380))
     import_hf(hf, tmp_path / "plain")
-    assert (tmp_path / "plain/tokenizer/tokenizer.model").read_bytes() == (hf / "tokenizer.model").read_bytes()
+    assert (tmp_path / "plain/tokenizer/tokenizer.model").read_bytes() == (
+        hf / "tokenizer.model"
+    ).read_bytes()
     import_hf(hf, tmp_path / "added", add_token=[MARKER])
     export_hf(tmp_path / "added", tmp_path / "back")
     from transformers import AutoTokenizer
@@ -214,5 +221,3 @@ def test_memory_of_a_mean_does_not_grow_with_the_vocabulary(tmp_path, monkeypatc
     whole = vocabulary.initial_row(weights, "lm_head.weight", new)
     monkeypatch.setattr(vocabulary, "_CHUNK_BYTES", 5000)
     assert torch.allclose(vocabulary.initial_row(weights, "lm_head.weight", new), whole, rtol=1e-6)
-
-

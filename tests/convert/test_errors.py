@@ -85,7 +85,10 @@ CASES: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
         ("rope_scaling.rope_type", "dynamic"),
     ),
     "pickle": (only_pickle, (".bin", "safe_serialization=True")),
-    "no weights": (lambda hf: [path.unlink() for path in hf.glob("model*")], ("model.safetensors", "holds neither")),
+    "no weights": (
+        lambda hf: [path.unlink() for path in hf.glob("model*")],
+        ("model.safetensors", "holds neither"),
+    ),
     "broken index": (
         lambda hf: (hf / "model.safetensors.index.json").write_text("{}"),
         ("model.safetensors.index.json", "not a safetensors index"),

@@ -45,8 +45,8 @@ def forward(chunks: list, ids: torch.Tensor) -> torch.Tensor | None:
     import torch.distributed as dist
     from megatron.core import parallel_state, tensor_parallel
 
-    stage, stages = parallel_state.get_pipeline_model_parallel_rank(), parallel_state.get_pipeline_model_parallel_world_size()
     ranks = dist.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group())
+    stage, stages = ranks.index(dist.get_rank()), len(ranks)
     positions = torch.arange(ids.shape[1]).expand(len(ids), -1)
     out = None
     for number, chunk in enumerate(chunks):
@@ -134,7 +134,9 @@ def prove(layout: tuple, sources: dict, tmp_path: Path, timeout: float) -> None:
     for variant, (hf, *_) in sources.items():
         checkpoint = tmp_path / variant
         take_out(variant, together, checkpoint)
-        meta = CheckpointMeta(step=0, world_size=len(results), model=ModelShape.from_dir(hf).to_hf(), kind="train")
+        meta = CheckpointMeta(
+            step=0, world_size=len(results), model=ModelShape.from_dir(hf).to_hf(), kind="train"
+        )
         (checkpoint / "meta.json").write_text(meta.to_json())
         export_hf(checkpoint, checkpoint / "release")
         assert_identical(tensors(hf), tensors(checkpoint / "release"))

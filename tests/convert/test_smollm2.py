@@ -18,7 +18,8 @@ SMOLLM2 = Path(__file__).parents[2] / "runs" / "smollm2" / "base"
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
-        not (SMOLLM2 / "config.json").is_file(), reason=f"no {SMOLLM2}: run tools/fetch_smollm2.py to test on it"
+        not (SMOLLM2 / "config.json").is_file(),
+        reason=f"no {SMOLLM2}: run tools/fetch_smollm2.py to test on it",
     ),
 ]
 
