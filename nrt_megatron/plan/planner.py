@@ -12,7 +12,7 @@ from nrt_megatron.plan.build import built_parameters
 from nrt_megatron.plan.estimate import Request, estimate
 from nrt_megatron.plan.gpus import Hardware
 from nrt_megatron.plan.result import Plan
-from nrt_megatron.plan.rollout import Lengths
+from nrt_megatron.plan.rollout import MARKER, Lengths
 from nrt_megatron.recipe import ConfigError, Recipe, check, check_model_shape, check_training
 
 PROMPT_TOKENS = 300.0
@@ -44,7 +44,7 @@ def plan(
         ConfigError: the recipe cannot work, or does not tell the model's shape.
     """
     check_training(recipe) if training_only else check(recipe)
-    shape = model_shape(recipe)
+    shape = model_shape(recipe) if training_only else _with_marker(recipe, model_shape(recipe))
     check_model_shape(recipe, shape.to_hf(), "the model")
     lengths = None if training_only else Lengths.typical(recipe, prompt_tokens, trace_tokens, answer_tokens)
     request = Request(recipe, shape, hardware, lengths, name)
@@ -54,6 +54,13 @@ def plan(
         built = built_parameters(shape, recipe.policy.megatron_cfg)
         assert counted == built, f"arithmetic says {counted} parameters a stage, the built ranks have {built}"
     return planned if planned.fits else dataclasses.replace(planned, first_change=first_change(request))
+
+
+def _with_marker(recipe: Recipe, shape: ModelShape) -> ModelShape:
+    """The shape that is trained: an added marker takes a row of the vocabulary."""
+    if not recipe.policy.tokenizer.add_marker:
+        return shape
+    return ModelShape.from_hf({**shape.to_hf(), "vocab_size": shape.vocab_size + MARKER})
 
 
 def model_shape(recipe: Recipe) -> ModelShape:

@@ -13,7 +13,8 @@ from nrt_megatron.plan.layout import Stage
 from nrt_megatron.plan.parameters import vocab_matrix
 from nrt_megatron.recipe import Recipe, num_traces_per_prompt
 
-MARKER = 1  # tokens
+MARKER = 1
+"""Tokens of the end-of-trace marker."""
 
 
 @dataclass(frozen=True)
