@@ -5,6 +5,7 @@ As a module (`python -m nrt_megatron.launch RECIPE_YAML`) it is what the launche
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import os
@@ -12,11 +13,14 @@ import re
 import signal
 import sys
 import tempfile
+import threading
+import time
 import uuid
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nrt_megatron import stopping
 from nrt_megatron.recipe import ConfigError, Recipe, to_yaml, world_size
 
 if TYPE_CHECKING:
@@ -24,6 +28,8 @@ if TYPE_CHECKING:
 
 _USER_MISTAKE = 2
 _PARENT = "NRT_LAUNCHER_PID"
+_PATIENCE_S = 10
+"""What ranks get to end by themselves when another one has failed."""
 
 
 def adopt_slurm(env: MutableMapping[str, str]) -> None:
@@ -121,7 +127,11 @@ def _start_ranks(ranks: int, recipe_yaml: Path, scratch: str) -> int:
         local_addr="127.0.0.1",
         max_restarts=0,
         logs_specs=DefaultLogsSpecs(log_dir=scratch),
+        signals_to_handle="SIGINT,SIGHUP,SIGQUIT",  # these end the ranks; SIGTERM and SIGUSR1 ask them to stop
+        shutdown_timeout=_PATIENCE_S,
     )
+    stopping.listen()
+    threading.Thread(target=_pass_stop_on, daemon=True).start()
     try:
         elastic_launch(config, sys.executable)("-m", "nrt_megatron.launch", str(recipe_yaml))
     except ChildFailedError as error:
@@ -130,6 +140,18 @@ def _start_ranks(ranks: int, recipe_yaml: Path, scratch: str) -> int:
         print(f"nrt: ended by {error.sigval.name}, all ranks with it", file=sys.stderr)
         return 128 + error.sigval
     return 0
+
+
+def _pass_stop_on() -> None:
+    """Asks the ranks to stop once this process is asked; again and again, for one may not have started yet."""
+    import psutil
+
+    while True:
+        time.sleep(0.2)
+        if (number := stopping.asked()) is not None:
+            for rank in psutil.Process().children():
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    rank.send_signal(number)
 
 
 def _silence_launcher() -> None:
@@ -144,6 +166,11 @@ def _report(failures: Mapping[int, ProcessFailure]) -> int:
     codes = {rank: failure.exitcode for rank, failure in failures.items()}
     if _USER_MISTAKE in codes.values():
         return _USER_MISTAKE
+    asked = stopping.asked()
+    if asked is not None and set(codes.values()) <= {stopping.UNFINISHED, -asked, -signal.SIGTERM}:
+        if stopping.UNFINISHED not in codes.values():  # ranks that the signal ended had not started to heed it
+            print(f"nrt: ended by {asked.name} before the run had started", file=sys.stderr)
+        return stopping.UNFINISHED
     first = {
         rank: code for rank, code in codes.items() if code != -signal.SIGTERM
     }  # those the launcher ended

@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
-from nrt_megatron.checkpoints import CheckpointMeta, is_checkpoint, latest
+from nrt_megatron.checkpoints import CheckpointMeta, is_checkpoint, newest_whole
 from nrt_megatron.convert.config import ModelShape
-from nrt_megatron.data import Limits, QADataset, Tokenizer, load_tokenizer
+from nrt_megatron.data import Limits, PromptSampler, QADataset, Tokenizer, load_tokenizer
 from nrt_megatron.recipe import ConfigError, Recipe
+from nrt_megatron.report.jsonl import read_rows
+from nrt_megatron.report.metrics import METRICS_FILE
+from nrt_megatron.report.samples import SAMPLES_FILE
 
 
 @dataclass(frozen=True)
@@ -23,8 +26,6 @@ class Inputs:
     """The model as it is trained: with rows for added tokens."""
     train: QADataset
     validation: Optional[QADataset]
-    resume_from: Optional[Path]
-    """The checkpoint of this run directory that training continues from."""
 
 
 def load_inputs(recipe: Recipe) -> Inputs:
@@ -51,12 +52,11 @@ def load_inputs(recipe: Recipe) -> Inputs:
         shape=shape,
         train=QADataset(recipe.data.train, recipe.data, tokenizer, limits),
         validation=QADataset(validation, recipe.data, tokenizer, limits, "data.validation") if validation else None,
-        resume_from=latest(Path(recipe.run_dir) / "checkpoints"),
     )
 
 
 def preflight(recipe: Recipe) -> None:
-    """Every check that needs files: parses all rows, and compares the model with the run's checkpoint.
+    """Every check that needs files: parses all rows, and compares the recipe with the run it would continue.
 
     Raises ConfigError. Writes nothing; to be called once, before any rank starts.
     """
@@ -64,8 +64,26 @@ def preflight(recipe: Recipe) -> None:
     inputs.train.check()
     if inputs.validation is not None:
         inputs.validation.check()
-    if inputs.resume_from is not None:
-        check_same_model(inputs.resume_from, inputs.shape)
+    _check_run(recipe, inputs)
+
+
+def _check_run(recipe: Recipe, inputs: Inputs) -> None:
+    """What lies in the run directory can be continued with this recipe."""
+    directory = Path(recipe.run_dir)
+    for name in (METRICS_FILE, SAMPLES_FILE):
+        for _ in read_rows(directory / name):
+            pass
+    checkpoint = newest_whole(directory / "checkpoints")
+    if checkpoint is None:
+        return
+    check_same_model(checkpoint, inputs.shape)
+    meta = CheckpointMeta.read(checkpoint)
+    if meta.step > recipe.nrt.max_num_steps:
+        problem = f"the run in {recipe.run_dir} has done {meta.step} steps"
+        remedy = f"set at least {meta.step}, or another run_dir"
+        raise ConfigError.at("nrt.max_num_steps", recipe.nrt.max_num_steps, problem, remedy)
+    sampler = PromptSampler(inputs.train, recipe.nrt.seed, recipe.data.shuffle)
+    sampler.load_state_dict(meta.progress["sampler"])
 
 
 def check_same_model(checkpoint: Path, shape: ModelShape) -> None:

@@ -7,10 +7,12 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Optional
 
 import torch
 
-from nrt_megatron.checkpoints import CheckpointMeta, is_checkpoint
+from nrt_megatron import stopping
+from nrt_megatron.checkpoints import CheckpointMeta, is_checkpoint, step_of
 from nrt_megatron.convert.seeded import SeededWeights
 from nrt_megatron.convert.vocabulary import NewTokens
 from nrt_megatron.data import PromptSampler
@@ -18,9 +20,9 @@ from nrt_megatron.evals.heldout import Evaluator
 from nrt_megatron.mcore import HAS_GPU, checkpoint, runtime
 from nrt_megatron.mcore.generate import MegatronGenerator
 from nrt_megatron.mcore.policy import MegatronPolicy
-from nrt_megatron.mcore.reduce import StepMetrics
+from nrt_megatron.mcore.reduce import StepMetrics, reduce_max
 from nrt_megatron.preflight import Inputs, load_inputs
-from nrt_megatron.recipe import Recipe, num_updates_per_step, to_yaml
+from nrt_megatron.recipe import ConfigError, Recipe, num_updates_per_step, print_notice, to_yaml
 from nrt_megatron.report import MetricsWriter, Progress, SamplesWriter, print_summary, read_metrics, samples_of
 from nrt_megatron.scoring import Scored
 
@@ -35,7 +37,8 @@ class Run:
         self.marker_ids = inputs.tokenizer.marker_ids
         self.step = 0
         """Steps done."""
-        self.last_checkpoint = inputs.resume_from
+        self.last_checkpoint: Optional[Path] = None
+        self._failure: Optional[Exception] = None
         self._rollout = StepMetrics()
         self._times: dict[str, float] = {}
         self._open = ExitStack()
@@ -63,34 +66,43 @@ class Run:
 
     @classmethod
     def start(cls, recipe: Recipe) -> Run:
-        """Joins the ranks, builds the policy, and continues from the run's last checkpoint if there is one."""
+        """Joins the ranks, builds the policy, and continues from the run's last whole checkpoint if there is one."""
         place = runtime.initialize(recipe)
         with place.phase("start"):
             inputs = load_inputs(recipe)
+            resume_from = checkpoint.find(Path(recipe.run_dir) / "checkpoints", print_notice)
             updates = recipe.nrt.max_num_steps * num_updates_per_step(recipe)
             policy = MegatronPolicy(place, recipe.policy, inputs.shape, updates)
-            if inputs.resume_from is None:
+            if resume_from is None:
                 fill_weights(policy, recipe, inputs)
             policy.prepare_for_training()
             run = cls(recipe, place, inputs, policy)
-            if inputs.resume_from is not None:
-                common = checkpoint.load(inputs.resume_from, policy)
-                run.sampler.load_state_dict(common["sampler"])
-                run.step = common["step"]
+            if resume_from is not None:
+                run._continue_from(resume_from)
         return run
 
+    def _continue_from(self, directory: Path) -> None:
+        meta = checkpoint.load(directory, self.policy)
+        self.sampler.load_state_dict(meta.progress["sampler"])
+        self.step, self.last_checkpoint = meta.step, directory
+
     def __enter__(self) -> Run:
-        if self.runtime.is_main:
-            resumed = self.step or None
-            self.directory.mkdir(parents=True, exist_ok=True)
-            (self.directory / "recipe.yaml").write_text(to_yaml(self.recipe))
-            self._metrics = MetricsWriter(self.directory, resumed, self.recipe.logger.tensorboard)
-            self._samples = SamplesWriter(self.directory, resumed)
-            self._open.callback(self._metrics.close)
-            self._open.callback(self._samples.close)
-            self._progress = self._open.enter_context(Progress(self.recipe.nrt.max_num_steps, self.step))
-            self._progress.say(self._greeting())
+        with self._writing() as writes:
+            if writes:
+                self._open_files()
+        self._agree()
         return self
+
+    def _open_files(self) -> None:
+        resumed = self.step or None
+        self.directory.mkdir(parents=True, exist_ok=True)
+        (self.directory / "recipe.yaml").write_text(to_yaml(self.recipe))
+        self._metrics = MetricsWriter(self.directory, resumed, self.recipe.logger.tensorboard)
+        self._open.callback(self._metrics.close)
+        self._samples = SamplesWriter(self.directory, resumed)
+        self._open.callback(self._samples.close)
+        self._progress = self._open.enter_context(Progress(self.recipe.nrt.max_num_steps, self.step))
+        self._progress.say(self._greeting())
 
     def __exit__(self, *error: object) -> None:
         self._open.close()
@@ -101,6 +113,40 @@ class Run:
         place, origin = self.runtime, self.last_checkpoint or self.recipe.policy.model.path or "random weights"
         layout = f"TP {place.tp_size} x PP {place.pp_size} x DP {place.dp_size}"
         return f"{'continuing' if self.step else 'starting'} from {origin}: {layout}, {self.policy.layers}, {place.device.type}"
+
+    @contextmanager
+    def _writing(self) -> Iterator[bool]:
+        """Whether this rank writes: the main one, until a write fails. The failure is kept for `_agree`, because
+        the other ranks would wait in their next exchange for a rank that is gone."""
+        try:
+            yield self.runtime.is_main and self._failure is None
+        except ConfigError as error:
+            self._failure = error
+        except OSError as error:
+            self._failure = ConfigError(
+                f"run_dir: cannot write to {self.directory} ({error.strerror}); make room or set another run_dir, then "
+                "start again: the run continues from its last checkpoint"
+            )
+
+    def _agree(self) -> bool:
+        """Whether any rank was asked to stop. Collective; raises on all ranks when the main one could not write."""
+        mine = [float(stopping.asked() is not None), float(self._failure is not None)]
+        stop, failed = reduce_max(mine, self.runtime.device)
+        if failed:
+            raise self._failure or ConfigError("the main rank could not write to run_dir and says why")
+        return bool(stop)
+
+    def goes_on(self) -> bool:
+        """Whether another step is to be made: not after the last one, and not when a signal asked to stop.
+
+        Collective: every rank gets the same answer, and saves its part when the run ends early.
+        """
+        stop = self._agree()
+        if self.step == self.recipe.nrt.max_num_steps or not stop:
+            return self.step < self.recipe.nrt.max_num_steps
+        if self.step and (self.last_checkpoint is None or step_of(self.last_checkpoint) != self.step):
+            self.save()
+        return False
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -119,8 +165,10 @@ class Run:
         self._times["scoring"] = generated.scoring_seconds
         self._times["rollout"] -= generated.scoring_seconds
         step = self.step + 1
-        if self.runtime.is_main and logger.samples_every and (step == 1 or step % logger.samples_every == 0):
-            self._samples.write(samples_of(scored, self.inputs.tokenizer, step, logger.samples_num_prompts))
+        due = logger.samples_every and (step == 1 or step % logger.samples_every == 0)
+        with self._writing() as writes:
+            if writes and due:
+                self._samples.write(samples_of(scored, self.inputs.tokenizer, step, logger.samples_num_prompts))
 
     def finish_step(self, metrics: StepMetrics) -> None:
         """Counts the step; evaluates, writes its row and saves a checkpoint, each if due."""
@@ -152,8 +200,9 @@ class Run:
             return StepMetrics(self.evaluator.run(share)).reduce(self.runtime)
 
     def _write(self, row: dict[str, float]) -> None:
-        if self.runtime.is_main and row:
-            self._progress.show(self._metrics.write({"step": self.step, **row}))
+        with self._writing() as writes:
+            if writes and row:
+                self._progress.show(self._metrics.write({"step": self.step, **row}))
 
     def save(self) -> None:
         """Writes a checkpoint of the current step. Raises StorageError when the disk does not take it."""
@@ -161,18 +210,28 @@ class Run:
             self.last_checkpoint = checkpoint.save(
                 self.directory / "checkpoints",
                 self.policy,
-                CheckpointMeta(self.step, self.runtime.world_size, self.inputs.shape.to_hf()),
-                {"step": self.step, "sampler": self.sampler.state_dict()},
+                CheckpointMeta(
+                    self.step,
+                    self.runtime.world_size,
+                    self.inputs.shape.to_hf(),
+                    progress={"sampler": self.sampler.state_dict()},
+                ),
                 recipe_yaml=to_yaml(self.recipe),
                 save_tokenizer=self.inputs.tokenizer.save,
-                keep_last=self.recipe.checkpointing.keep_last,
+                cfg=self.recipe.checkpointing,
             )
 
-    def finish(self) -> None:
-        """Shows the summary of the whole run."""
+    def finish(self) -> bool:
+        """Shows the summary of the whole run, or where it was left; returns whether it is complete."""
+        complete = self.step == self.recipe.nrt.max_num_steps
         if self.runtime.is_main:
             self._open.close()
-            print_summary(read_metrics(self.directory), self.directory, self.last_checkpoint)
+            if complete:
+                print_summary(read_metrics(self.directory), self.directory, self.last_checkpoint)
+            else:
+                where = f"step {self.step} of {self.recipe.nrt.max_num_steps}, checkpoint {self.last_checkpoint or 'none'}"
+                print_notice(f"asked to stop: {where}; the same command goes on from there")
+        return complete
 
 
 def _questions(inputs: Inputs, number: int) -> list:

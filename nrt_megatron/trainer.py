@@ -9,15 +9,16 @@ from nrt_megatron.scoring import answers_only, score, sequence_grid
 from nrt_megatron.update import update
 
 
-def train(recipe: Recipe) -> None:
+def train(recipe: Recipe) -> bool:
     """Runs a recipe on this rank from where its run directory stands to `nrt.max_num_steps`.
 
-    Raises ConfigError for what the user can mend (a full disk, a data row that turns out broken).
+    Returns whether it got there: False when a signal asked it to stop. Raises ConfigError for what the user can
+    mend (a full disk, a data row that turns out broken).
     """
     with Run.start(recipe) as run:
         if run.step == 0:
             run.evaluate()
-        while run.step < recipe.nrt.max_num_steps:
+        while run.goes_on():
             prompts = local_share(run.sampler.next(recipe.nrt.num_prompts_per_step), recipe, run.runtime)
             if recipe.nrt.reward_scheme == "sft":
                 grid = answers_only(prompts, run.marker_ids, run.runtime.device)
@@ -30,4 +31,4 @@ def train(recipe: Recipe) -> None:
             with run.timed("update"):
                 metrics = update(run.policy, grid, recipe)
             run.finish_step(metrics)
-        run.finish()
+        return run.finish()

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 
+from nrt_megatron import stopping
 from nrt_megatron.recipe import ConfigError, from_yaml
 
 
 def main(recipe_path: str) -> int:
-    """Trains; returns the exit code: 0, 2 for what the user can mend (said once), 1 for the rest."""
+    """Trains; returns the exit code: 0, 2 for what the user can mend (said once), 75 when it was asked to stop."""
+    stopping.listen()
     with open(recipe_path) as file:
         recipe = from_yaml(file.read())
     from nrt_megatron.trainer import train
 
     try:
-        train(recipe)
+        code = 0 if train(recipe) else stopping.UNFINISHED
     except ConfigError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"nrt: {error}", file=sys.stderr)
-        return 2
-    return 0
+        # A mistake is found by all ranks alike, or by those of a node that lacks a file: one rank a node says it.
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            host = "" if os.environ.get("RANK", "0") == "0" else f"{socket.gethostname()}: "
+            print(f"nrt: {host}{error}", file=sys.stderr)
+        code = 2
+    stopping.ignore()  # Python gives signals their deadly meaning back while it ends
+    return code
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ ORDER = (
     "recipe",
     "objective",
     "data",
+    "stopping",
     "checkpoints",  # where checkpoints lie; no torch, so that it can be asked before ranks start
     "convert",
     "mcore",
@@ -39,6 +40,7 @@ FORBIDDEN = {
     "recipe": {"torch", "megatron", "transformers", "numpy"},
     "objective": {"megatron", "transformers", "numpy"},
     "checkpoints": {"torch", "megatron", "transformers"},
+    "stopping": {"torch", "megatron", "transformers"},
     "launch": {"megatron", "transformers"},
     "cli": {"megatron", "transformers"},
 }

@@ -1,17 +1,15 @@
 """Checkpoints in Megatron's `torch_dist` format: complete or absent, loadable at any layout.
 
-A checkpoint directory `step_00000010` holds `dist/` (weights, optimizer, schedule, random states, sampler),
-`meta.json`, `recipe.yaml` and `tokenizer/`. It is written under a temporary name, flushed and renamed; the
-file `latest` is replaced after that, and only then are older checkpoints deleted.
+A checkpoint is written under a temporary name, flushed and renamed; the file `latest` is replaced after that, and
+only then are older checkpoints deleted. What lies in one and when it counts as whole: `nrt_megatron.checkpoints`.
 """
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import random
-import shutil
+import uuid
 from pathlib import Path
 from typing import Any, Callable, Optional
 
@@ -23,21 +21,20 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
-from nrt_megatron.checkpoints import LATEST, CheckpointMeta, StorageError, step_dir
+from nrt_megatron import checkpoints
+from nrt_megatron.checkpoints import LATEST, MANIFEST, CheckpointMeta, StorageError, step_dir
+from nrt_megatron.mcore import storage
+from nrt_megatron.mcore.optimizer_state import load_optimizer_state, optimizer_state, update_count
 from nrt_megatron.mcore.policy import MegatronPolicy
-
-# The optimizer state in the shape of the parameters, so that every layout can read it.
-_METADATA = {"distrib_optim_sharding_type": "fully_reshardable", "chained_optim_avoid_prefix": True}
+from nrt_megatron.recipe import Checkpointing
 
 
 def model_state(policy: MegatronPolicy) -> dict[str, Any]:
-    """Sharded state dict of the weights, under GPTModel's own names."""
-    if len(policy.chunks) == 1:
-        return {"model": policy.chunks[0].sharded_state_dict(metadata=_METADATA)}
-    return {f"model{i}": chunk.sharded_state_dict(metadata=_METADATA) for i, chunk in enumerate(policy.chunks)}
+    """Sharded state dict of the weights, under GPTModel's own names, one entry for each model chunk."""
+    return {f"model{i}": chunk.sharded_state_dict() for i, chunk in enumerate(policy.chunks)}
 
 
-def _random_state(policy: MegatronPolicy) -> ShardedObject:
+def _random_state() -> ShardedObject:
     rank, world = dist.get_rank(), dist.get_world_size()
     state = {
         "python": random.getstate(),
@@ -49,125 +46,144 @@ def _random_state(policy: MegatronPolicy) -> ShardedObject:
     return ShardedObject("random_state", state, (world,), (rank,))
 
 
-def _training_state(policy: MegatronPolicy, common: dict[str, Any], loading: bool) -> dict[str, Any]:
-    state = model_state(policy)
-    # With several chunks Megatron's optimizer looks their tensors up in one flat dict.
-    tensors = {f"{k}.{n}": v for k, chunk in state.items() for n, v in chunk.items()} if len(state) > 1 else state["model"]
-    state["optimizer"] = policy.optimizer.sharded_state_dict(tensors, is_loading=loading, metadata=_METADATA)
-    state["scheduler"] = policy.scheduler.state_dict()
-    state["common"] = common
-    return state
-
-
 def save(
     directory: Path,
     policy: MegatronPolicy,
     meta: CheckpointMeta,
-    common: dict[str, Any],
     *,
     recipe_yaml: str,
     save_tokenizer: Callable[[Path], None],
-    keep_last: int,
+    cfg: Checkpointing,
 ) -> Path:
-    """Writes `directory/step_N`, then the marker, then deletes all but `keep_last`; returns its path.
+    """Writes `directory/step_N`, then the marker, then deletes checkpoints that need not be kept; returns its path.
 
-    `common` (sampler state and the like) must be equal on all ranks. Every rank calls it. Raises StorageError
-    on all ranks when the disk is full or not writable; the previous checkpoint is then still the latest.
+    Collective; `meta` is equal on all ranks. Raises StorageError on all of them when the disk is full or not
+    writable; the previous checkpoint is then still the latest.
     """
     final = step_dir(directory, meta.step)
-    temporary = directory / f".writing-{final.name}"
     main = dist.get_rank() == 0
-    failure: Optional[BaseException] = None
-    try:
-        if main:
-            shutil.rmtree(temporary, ignore_errors=True)
-            (temporary / "dist").mkdir(parents=True)
-        dist.barrier()
-        state = _training_state(policy, common, loading=False)
-        state["random_state"] = _random_state(policy)
-        dist_checkpointing.save(state, str(temporary / "dist"), content_metadata=_METADATA)
-        if main:
-            save_tokenizer(temporary / "tokenizer")
-            (temporary / "recipe.yaml").write_text(recipe_yaml)
-            (temporary / "meta.json").write_text(meta.to_json())
-            _flush(temporary)
-    except Exception as error:  # Megatron wraps what its writer processes raise
-        failure = error
-    _raise_together(failure, directory)
-    if main:
-        shutil.rmtree(final, ignore_errors=True)
+    # A name of its own for every attempt: what a killed one may still be writing does not get in here.
+    name = [f".writing-{final.name}-{uuid.uuid4().hex[:8]}" if main else None]
+    dist.broadcast_object_list(name)
+    temporary = directory / str(name[0])
+
+    def begin() -> None:
+        checkpoints.clean(directory)
+        (temporary / "dist").mkdir(parents=True)
+
+    def describe() -> None:
+        save_tokenizer(temporary / "tokenizer")
+        (temporary / "recipe.yaml").write_text(recipe_yaml)
+        (temporary / "meta.json").write_text(meta.to_json())
+
+    def publish() -> None:
+        if final.exists():  # a damaged one, which the run went back behind
+            final.rename(directory / f".deleting-{final.name}")
         os.replace(temporary, final)
-        _replace_text(directory / LATEST, final.name)
-        for old in sorted(directory.glob("step_*"))[:-keep_last]:
-            shutil.rmtree(old)
-    dist.barrier()
+        storage.flush_one(directory)
+        storage.replace_text(directory / LATEST, final.name)
+        storage.flush_one(directory)
+        checkpoints.prune(directory, meta.step, cfg.keep_last, cfg.keep_every)
+
+    try:
+        _on_main(directory, begin)
+        model = model_state(policy)
+        state = {
+            **model,
+            "optimizer": optimizer_state(policy.optimizer, model, loading=False),
+            "optimizer_step": update_count(policy.optimizer),
+            "scheduler": policy.scheduler.state_dict(),
+            "random_state": _random_state(),
+        }
+        storage.write_state(state, temporary / "dist")
+        _on_main(directory, describe)
+        _write_manifest(temporary)
+        _on_main(directory, publish)
+    except StorageError:
+        if main:
+            checkpoints.clean(directory)  # makes room for the metrics of what comes next
+        raise
     return final
 
 
-def _raise_together(failure: Optional[BaseException], directory: Path) -> None:
-    """If saving failed on any rank, every rank raises, so that none waits for the others."""
-    messages: list[Optional[str]] = [None] * dist.get_world_size()
-    dist.all_gather_object(messages, None if failure is None else _reason(failure))
-    told = next((m for m in messages if m), None)
-    if told is None:
-        return
-    raise StorageError(
-        f"checkpointing: could not write to {directory}: {told}. Free space or point run_dir elsewhere, "
-        "then start the same command again: the last complete checkpoint is intact"
-    ) from failure
+def _on_main(directory: Path, action: Callable[[], None]) -> None:
+    """Runs `action` on the main rank; if it fails, all ranks raise StorageError."""
+    storage.together(directory, action if dist.get_rank() == 0 else lambda: None)
 
 
-def _reason(error: BaseException) -> str:
-    seen: Optional[BaseException] = error
-    while seen is not None:
-        if isinstance(seen, OSError) and seen.errno is not None:
-            return f"{os.strerror(seen.errno)} (errno {errno.errorcode.get(seen.errno, seen.errno)})"
-        seen = seen.__cause__ or seen.__context__
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[-1] if lines else ''}"[:300]
+def _write_manifest(checkpoint: Path) -> None:
+    """Each rank reads back what it wrote; everything is on the disk when the manifest is."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    own = [f for f in checkpoints.files_of(checkpoint) if _writer(f) == rank]
+    sums = storage.together(checkpoint, lambda: checkpoints.checksums(checkpoint, own))
+    parts: Optional[list[Any]] = [None] * world if rank == 0 else None
+    dist.gather_object(sums, parts)
+
+    def write() -> None:
+        assert parts is not None
+        files = {name: entry for part in parts for name, entry in part.items()}
+        (checkpoint / MANIFEST).write_text(json.dumps({"files": files}, indent=1, sort_keys=True))
+        storage.flush(checkpoint)
+
+    _on_main(checkpoint, write)
 
 
-def _flush(directory: Path) -> None:
-    """Waits until files and folders below `directory` are on the disk."""
-    for path in [*directory.rglob("*"), directory]:
-        fd = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+def _writer(file: str) -> int:
+    """The rank that wrote a file: `dist/__3_0.distcp` is rank 3's, all that is not sharded the main rank's."""
+    name = Path(file).name
+    return int(name.split("_")[2]) if name.startswith("__") else 0
 
 
-def _replace_text(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.new")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def find(directory: Path, say: Callable[[str], None]) -> Optional[Path]:
+    """The newest checkpoint that is whole, every byte of it read; None when there is none at all.
+
+    Collective: ranks share the reading, and agree. `say` gets one line for every damaged one passed over, on the
+    main rank. Raises StorageError when there are checkpoints and none is whole.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    found = [checkpoints.newest_first(directory)]
+    dist.broadcast_object_list(found)
+    reasons: list[str] = []
+    for checkpoint in found[0]:
+        findings: list[Optional[str]] = [None] * world
+        dist.all_gather_object(findings, checkpoints.damage(checkpoint, contents=True, part=(rank, world)))
+        reason = next((finding for finding in findings if finding), None)
+        if reason is None:
+            return checkpoint
+        reasons.append(reason)
+        if rank == 0:
+            say(f"{checkpoint} is damaged ({reason}): looking for an earlier one")
+    if reasons:
+        raise checkpoints.none_whole(directory, reasons[0])
+    return None
 
 
 def load_weights(checkpoint: Path, policy: MegatronPolicy) -> None:
     """Fills the weights alone, from a checkpoint of any layout and either layer spec."""
-    state = model_state(policy)
-    loaded = dist_checkpointing.load(state, str(checkpoint / "dist"), strict=StrictHandling.LOG_UNEXPECTED)
-    for key, chunk in zip(state, policy.chunks):
-        chunk.load_state_dict(loaded[key])
+    strict = StrictHandling.LOG_UNEXPECTED
+    _fill_weights(policy, dist_checkpointing.load(model_state(policy), str(checkpoint / "dist"), strict=strict))
 
 
-def load(checkpoint: Path, policy: MegatronPolicy) -> dict[str, Any]:
-    """Fills weights, optimizer, schedule and, at an unchanged world size, random states; returns `common`."""
-    state = _training_state(policy, {}, loading=True)
-    if json.loads((checkpoint / "meta.json").read_text())["world_size"] == dist.get_world_size():
-        state["random_state"] = _random_state(policy)
-    loaded = dist_checkpointing.load(state, str(checkpoint / "dist"))
-    keys = ["model"] if len(policy.chunks) == 1 else [f"model{i}" for i in range(len(policy.chunks))]
-    for key, chunk in zip(keys, policy.chunks):
-        chunk.load_state_dict(loaded[key])
-    policy.optimizer.load_state_dict(loaded["optimizer"])
+def _fill_weights(policy: MegatronPolicy, loaded: dict[str, Any]) -> None:
+    for index, chunk in enumerate(policy.chunks):
+        chunk.load_state_dict(loaded[f"model{index}"])
+
+
+def load(checkpoint: Path, policy: MegatronPolicy) -> CheckpointMeta:
+    """Fills weights, optimizer, schedule and, at an unchanged world size, random states."""
+    meta = CheckpointMeta.read(checkpoint)
+    model = model_state(policy)
+    state = {**model, "optimizer": optimizer_state(policy.optimizer, model, loading=True)}
+    if meta.world_size == dist.get_world_size():
+        state["random_state"] = _random_state()
+    # What a rank reads is its own affair: a part of the optimizer may be read by several ranks, or not by the first.
+    loaded = dist_checkpointing.load(state, str(checkpoint / "dist"), validate_access_integrity=False)
+    _fill_weights(policy, loaded)
+    load_optimizer_state(policy.optimizer, model_state(policy), loaded["optimizer"], loaded["optimizer_step"])
     policy.scheduler.load_state_dict(loaded["scheduler"])
     if "random_state" in loaded:
         _restore_random_state(loaded["random_state"])
-    return loaded["common"]
+    return meta
 
 
 def _restore_random_state(state: dict[str, Any]) -> None:
@@ -176,5 +192,3 @@ def _restore_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     torch.cuda.set_rng_state(state["device"])
     get_cuda_rng_tracker().set_states(state["tracker"])
-
-

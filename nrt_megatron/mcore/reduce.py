@@ -55,3 +55,10 @@ def _table(rows: list[tuple[Number, ...]], nothing: tuple[float, ...], contribut
     """float64 [rows, width]; filled with `nothing` on ranks that do not contribute."""
     filled = [[float(x) for x in row] if contributes else list(nothing) for row in rows]
     return torch.tensor(filled, dtype=torch.float64).reshape(-1, len(nothing))
+
+
+def reduce_max(values: list[float], device: torch.device) -> list[float]:
+    """The largest of each value over all ranks. Collective."""
+    table = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(table, dist.ReduceOp.MAX)
+    return table.tolist()

@@ -66,6 +66,9 @@ class NRT:
     """Subtracted from the reward of a trace cut at the limit, before centring."""
     train_forced_marker: bool = False
     """Policy gradient on marker tokens that were forced, as the reference does."""
+    max_skipped_updates: int = 5
+    """An update whose loss or gradient is not finite is skipped; after this many in a row the run stops, and saves the
+    batch for `nrt replay`."""
 
 
 @dataclass(frozen=True)
@@ -222,6 +225,8 @@ class Checkpointing:
     """Steps between checkpoints; the last step is always saved."""
     keep_last: int = 2
     """Older checkpoints are deleted after a newer one is complete."""
+    keep_every: int = 0
+    """Checkpoints of steps divisible by this are kept for good; 0: none."""
 
 
 @dataclass(frozen=True)
