@@ -26,10 +26,6 @@ from nrt_megatron.recipe import Generation
 COMPACT_SHARE = 0.25
 """Ended rows leave the batch when they are this share of it: each departure costs a copy of the cache."""
 
-PARTS_PER_STAGE = 2
-"""Parts of a rollout in flight per pipeline stage; more would make them smaller for little gain."""
-
-
 class MegatronGenerator:
     """Implements `rollout.Generator` on model chunks of any tensor and pipeline layout."""
 
@@ -39,24 +35,25 @@ class MegatronGenerator:
         self.marker = torch.tensor(marker_ids, device=runtime.device)
         self.stop = torch.tensor(sorted(set(stop_ids) - set(marker_ids)), device=runtime.device)
         self.vocab_size = vocab_size
-        # n parts keep each of p stages busy for n of n + p - 1 turns.
-        self.parts_in_flight = 1 if runtime.pp_size == 1 else PARTS_PER_STAGE * runtime.pp_size
+        self.batches_in_flight = runtime.pp_size
 
     def generate(self, request: Request) -> Generated:
         """Traces for every prompt of the request, in its order; the same on all ranks of a model replica.
 
-        At most `max_batch_size` traces share memory. With pipeline stages they are cut further and decoded in
-        turn, so that a stage works on one part while the others have the next.
+        At most `max_batch_size` traces share a forward. Where there are more, as many batches as there are
+        pipeline stages take turns, so that a stage works on one while the others have the next. A batch is never
+        cut for that: decoding is bound by reading the weights, and each part would read them again.
         """
         groups = max(1, self.cfg.max_batch_size // request.num_generations)
         lengths = torch.tensor([len(p) for p in request.prompts])
         # Prompts of similar length together: columns are shared, so a short prompt is padded to the longest.
         order = lengths.argsort(stable=True)
         done: list[Generated] = []
-        with inference_mode(self.chunks):
-            for wave in order.split(groups):
-                parts = [part.tolist() for part in wave.chunk(min(len(wave), self.parts_in_flight))]
-                batches = [_Batch(self, request.subset(part)) for part in parts]
+        with inference_mode(self.chunks, self.cfg.fp8):
+            parts = order.split(groups)
+            for first in range(0, len(parts), self.batches_in_flight):
+                wave = parts[first : first + self.batches_in_flight]
+                batches = [_Batch(self, request.subset(part.tolist())) for part in wave]
                 _take_turns([batch.decode() for batch in batches])
                 done += [batch.collect() for batch in batches]
         return Generated.concatenate(done, order.argsort())

@@ -2,7 +2,8 @@
 
 The output layer, the vocabulary-parallel softmax and their gradients are one autograd function that works
 through the tokens in chunks: forward keeps two numbers a token, backward computes each chunk's logits again.
-Peak workspace is `chunk_size * vocab / tensor_parallel_size` floats instead of `tokens * vocab`.
+Peak workspace is two buffers of `chunk_size * vocab / tensor_parallel_size` floats instead of several of
+`tokens * vocab`; `tools/measure_logprobs.py` measures it.
 
 Megatron's `vocab_parallel_cross_entropy` needs the [tokens, vocab / tp] logits as input and keeps their
 softmax for the backward, which is the memory that long reasoning traces do not leave; and it has no entropy.
@@ -10,72 +11,106 @@ softmax for the backward, which is the memory that long reasoning traces do not 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 
-def _chunk_logits(hidden: Tensor, weight: Tensor, scale: Tensor, padding: int) -> Tensor:
-    """fp32 (or wider) logits [c, v] of one chunk on this rank's vocabulary shard; padded rows are -inf."""
-    logits = torch.nn.functional.linear(hidden, weight)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * scale[:, None]
-    if padding:
-        logits[:, -padding:] = -torch.inf
-    return logits
+@dataclass(frozen=True)
+class _Shard:
+    """This rank's part of the vocabulary, and how to work through the tokens."""
+
+    start: int
+    """First token id of the shard."""
+    padding: int
+    """Rows at the shard's end that stand for no token."""
+    group: dist.ProcessGroup
+    chunk_size: int
+
+    def chunks(self, num_tokens: int) -> list[slice]:
+        starts = range(0, num_tokens, self.chunk_size)
+        return [slice(first, min(first + self.chunk_size, num_tokens)) for first in starts]
+
+    def logits(self, hidden: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+        """Logits [c, v] in at least fp32; padded rows are -inf."""
+        logits = torch.nn.functional.linear(hidden, weight)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).mul_(scale[:, None])
+        if self.padding:
+            logits[:, -self.padding :] = -torch.inf
+        return logits
+
+    def locate(self, targets: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        """(whether this shard holds each target, its column here or 0), both [c]."""
+        local = targets - self.start
+        mine = (local >= 0) & (local < width)
+        return mine, torch.where(mine, local, 0)
+
+    # The two functions below hold [c, v] buffers; they return before the next chunk allocates its own.
+
+    def statistics(self, hidden: Tensor, weight: Tensor, targets: Tensor, scale: Tensor) -> tuple[Tensor, ...]:
+        """Log-prob of the targets, entropy, and log of the normaliser, each [c]."""
+        logits = self.logits(hidden, weight, scale)
+        peak = logits.amax(dim=-1)  # [c]
+        dist.all_reduce(peak, dist.ReduceOp.MAX, group=self.group)
+        logits -= peak[:, None]
+        mine, column = self.locate(targets, logits.size(1))
+        target_logit = torch.where(mine, logits.gather(1, column[:, None])[:, 0], 0.0)
+        weights = logits.exp()
+        if self.padding:
+            logits[:, -self.padding :] = 0.0  # their weight is 0, and 0 * -inf must not be
+        # The mean logit under the softmax gives the entropy.
+        sums = torch.stack([weights.sum(-1), logits.mul_(weights).sum(-1), target_logit])  # [3, c]
+        dist.all_reduce(sums, group=self.group)
+        log_norm = sums[0].log()
+        return sums[2] - log_norm, log_norm - sums[1] / sums[0], log_norm + peak
+
+    def logit_gradient(
+        self, logits: Tensor, targets: Tensor, log_norm: Tensor, entropy: Tensor, grad_log_prob: Tensor, grad_entropy: Tensor
+    ) -> Tensor:
+        """d logp_t / d logit_j = [j = t] - p_j; d entropy / d logit_j = -p_j (log p_j + entropy). In place, [c, v]."""
+        log_p = logits.sub_(log_norm[:, None])
+        p = log_p.exp()
+        if self.padding:
+            log_p[:, -self.padding :] = 0.0
+        grad = log_p.add_(entropy[:, None]).mul_(grad_entropy[:, None]).add_(grad_log_prob[:, None]).mul_(p).neg_()
+        mine, column = self.locate(targets, p.size(1))
+        return grad.scatter_add_(1, column[:, None], torch.where(mine, grad_log_prob, 0.0)[:, None])
 
 
 class _ChunkedLogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, scale, vocab_start, padding, group, chunk_size):
+    def forward(ctx, hidden, weight, targets, scale, shard: _Shard):
         dtype = torch.promote_types(hidden.dtype, torch.float32)
-        log_probs, entropies, log_norms = (torch.empty(len(targets), dtype=dtype, device=hidden.device) for _ in range(3))
-        for chunk in torch.arange(len(targets), device="cpu").split(chunk_size):
-            c = slice(int(chunk[0]), int(chunk[-1]) + 1)
-            logits = _chunk_logits(hidden[c], weight, scale[c], padding)  # [c, v]
-            peak = logits.amax(dim=-1)  # [c]
-            dist.all_reduce(peak, dist.ReduceOp.MAX, group=group)
-            logits -= peak[:, None]
-            local = targets[c] - vocab_start
-            mine = (local >= 0) & (local < logits.size(1))
-            picked = logits.gather(1, local.clamp(0, logits.size(1) - 1)[:, None])[:, 0]
-            target_logit = torch.where(mine, picked, 0.0)
-            weights = logits.exp()
-            # The mean logit under softmax gives the entropy; -inf rows have weight 0 and must not give 0 * inf.
-            logits.nan_to_num_(neginf=0.0) if padding else None
-            sums = torch.stack([weights.sum(-1), (weights * logits).sum(-1), target_logit])  # [3, c]
-            dist.all_reduce(sums, group=group)
-            log_norm = sums[0].log()
-            log_probs[c] = sums[2] - log_norm
-            entropies[c] = log_norm - sums[1] / sums[0]
-            log_norms[c] = log_norm + peak
+        out = torch.empty(3, len(targets), dtype=dtype, device=hidden.device)
+        for c in shard.chunks(len(targets)):
+            out[:, c] = torch.stack(shard.statistics(hidden[c], weight, targets[c], scale[c]))
+        log_probs, entropies, log_norms = out.unbind()
         ctx.save_for_backward(hidden, weight, targets, scale, log_norms, entropies)
-        ctx.vocab_start, ctx.padding, ctx.group, ctx.chunk_size = vocab_start, padding, group, chunk_size
+        ctx.shard = shard
         return log_probs, entropies
 
     @staticmethod
     def backward(ctx, grad_log_probs, grad_entropies):
         hidden, weight, targets, scale, log_norms, entropies = ctx.saved_tensors
+        shard: _Shard = ctx.shard
         grad_hidden = torch.zeros_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
-        for chunk in torch.arange(len(targets), device="cpu").split(ctx.chunk_size):
-            c = slice(int(chunk[0]), int(chunk[-1]) + 1)
-            log_p = _chunk_logits(hidden[c], weight, scale[c], ctx.padding) - log_norms[c, None]  # [c, v]
-            p = log_p.exp()
-            # d logp_t / d logit_j = [j = t] - p_j;  d entropy / d logit_j = -p_j (log p_j + entropy)
-            grad = -grad_log_probs[c, None] * p
-            if ctx.padding:
-                log_p.nan_to_num_(neginf=0.0)
-            grad -= grad_entropies[c, None] * p * (log_p + entropies[c, None])
-            local = targets[c] - ctx.vocab_start
-            mine = (local >= 0) & (local < p.size(1))
-            grad.scatter_add_(
-                1, local.clamp(0, p.size(1) - 1)[:, None], torch.where(mine, grad_log_probs[c], 0.0)[:, None]
+
+        def add_chunk(c: slice) -> None:
+            logits = shard.logits(hidden[c], weight, scale[c])
+            grad = shard.logit_gradient(
+                logits, targets[c], log_norms[c], entropies[c], grad_log_probs[c], grad_entropies[c]
             )
-            grad = (grad * scale[c, None]).to(hidden.dtype)
+            grad = grad.mul_(scale[c, None]).to(hidden.dtype)
             grad_hidden[c] = grad @ weight
-            grad_weight += grad.t() @ hidden[c]
-        dist.all_reduce(grad_hidden, group=ctx.group)
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None, None, None
+            grad_weight.add_(grad.t() @ hidden[c])
+
+        for c in shard.chunks(len(targets)):
+            add_chunk(c)
+        dist.all_reduce(grad_hidden, group=shard.group)
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None
 
 
 def token_log_probs(
@@ -86,7 +121,7 @@ def token_log_probs(
     *,
     vocab_size: int,
     group: dist.ProcessGroup,
-    chunk_size: int = 1024,
+    chunk_size: int = 512,
 ) -> tuple[Tensor, Tensor]:
     """Log-prob of each target and entropy of its distribution, softmax over the whole vocabulary.
 
@@ -95,10 +130,10 @@ def token_log_probs(
     inverse temperature of each token's logits. vocab_size: unpadded; rows beyond it have probability 0.
     Returns (log_probs [n], entropies [n]) in at least fp32. Gradients flow to hidden and weight.
     """
-    shard, rank = weight.size(0), dist.get_rank(group)
-    start = shard * rank
-    padding = min(max(start + shard - vocab_size, 0), shard)
+    rows = weight.size(0)
+    start = rows * dist.get_rank(group)
+    padding = min(max(start + rows - vocab_size, 0), rows)
     if not len(targets):
         nothing = (hidden.sum() + weight.sum()) * 0.0  # keeps the graph, so that every rank's backward runs
         return hidden.new_zeros(0) + nothing, hidden.new_zeros(0) + nothing
-    return _ChunkedLogProbs.apply(hidden, weight, targets, scale, start, padding, group, chunk_size)
+    return _ChunkedLogProbs.apply(hidden, weight, targets, scale, _Shard(start, padding, group, chunk_size))

@@ -64,6 +64,11 @@ class NRT:
     """Subtracted from the reward of a trace without tokens, before centring."""
     truncated_trace_penalty: float = 0.0
     """Subtracted from the reward of a trace cut at the limit, before centring."""
+    rollout_importance_sampling: bool = False
+    """Weigh each trace token by pi_trainer / pi_sampler, both before the step's first update, for samplers that compute
+    otherwise than the trainer; ratios are then to the trainer's own log-probs, which cost one more forward a step."""
+    rollout_importance_cap: float = 2.0
+    """Truncates these weights."""
     train_forced_marker: bool = False
     """Policy gradient on marker tokens that were forced, as the reference does."""
     max_skipped_updates: int = 5
@@ -123,7 +128,11 @@ class Generation:
     top_k: int = 0
     """Sample from this many most likely tokens; 0: off."""
     max_batch_size: int = 1024
-    """Traces decoded together on one data-parallel rank; more are decoded in turn."""
+    """Traces in one forward on a data-parallel rank. Where a step has more, as many such batches as there are
+    pipeline stages are in flight at a time, each with a KV cache of its own."""
+    fp8: str = "same"
+    """With `policy.megatron_cfg.fp8`: linear layers of rollout and scoring run in it as in training (`same`), or in the
+    dtype of the other layers (`none`)."""
 
 
 @dataclass(frozen=True)
