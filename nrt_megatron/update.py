@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from nrt_megatron.data.batch import SequenceGrid, micro_batches
+from nrt_megatron.data.batch import MicroBatch, SequenceGrid, micro_batches
 from nrt_megatron.mcore.policy import MegatronPolicy
 from nrt_megatron.mcore.reduce import StepMetrics
 from nrt_megatron.objective.loss import LOSS_MAXIMA, LOSS_METRICS, nrt_loss
@@ -20,21 +20,12 @@ def update(policy: MegatronPolicy, grid: SequenceGrid, recipe: Recipe) -> StepMe
     the loss normaliser and the number of sequences of the global mini-batch, so the result does not depend on
     the cut. Metrics of the loss are known on the last pipeline stage alone and zero counts elsewhere.
     """
-    per_rank = recipe.policy.train_global_batch_size // policy.runtime.dp_size
     loss_fn = partial(nrt_loss, settings=recipe.nrt)
-    megatron = recipe.policy.megatron_cfg
-    packed = recipe.policy.sequence_packing.enabled
+    plan = _mini_batches(policy, grid, recipe)
+    if recipe.nrt.rollout_importance_sampling:  # all of it before the first update moves the policy
+        plan = [policy.with_own_log_probs(batches) for batches in plan]
     total = StepMetrics()
-    for index in torch.arange(len(grid), device=grid.tokens.device).split(per_rank):
-        batches = micro_batches(
-            grid,
-            index,
-            recipe.policy.train_micro_batch_size,
-            temperature=recipe.policy.generation.temperature,
-            pad_multiple=megatron.tensor_model_parallel_size if megatron.sequence_parallel else 1,
-            same_width=megatron.virtual_pipeline_model_parallel_size is not None,
-            traces_per_tree=num_traces_per_prompt(recipe) if packed else 0,
-        )
+    for batches in plan:
         done = policy.update(batches, loss_fn)
         fed = sum(batch.tokens.numel() for batch in batches)
         used = sum(batch.num_tokens for batch in batches)
@@ -47,3 +38,21 @@ def update(policy: MegatronPolicy, grid: SequenceGrid, recipe: Recipe) -> StepMe
         total.values |= {"lr": done.lr}
         total.tokens["update"] = total.tokens.get("update", 0) + used
     return total
+
+
+def _mini_batches(policy: MegatronPolicy, grid: SequenceGrid, recipe: Recipe) -> list[list[MicroBatch]]:
+    """The micro-batches of each update of a step."""
+    per_rank = recipe.policy.train_global_batch_size // policy.runtime.dp_size
+    packed = recipe.policy.sequence_packing.enabled
+    return [
+        micro_batches(
+            grid,
+            index,
+            recipe.policy.train_micro_batch_size,
+            temperature=recipe.policy.generation.temperature,
+            pad_multiple=policy.pad_multiple,
+            same_width=recipe.policy.megatron_cfg.virtual_pipeline_model_parallel_size is not None,
+            traces_per_tree=num_traces_per_prompt(recipe) if packed else 0,
+        )
+        for index in torch.arange(len(grid), device=grid.tokens.device).split(per_rank)
+    ]

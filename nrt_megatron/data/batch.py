@@ -116,6 +116,8 @@ class MicroBatch:
     num_sequences: int
     num_tokens: int
     """Tokens fed, padding excluded; a sequence's last token is a target only."""
+    sampler_log_probs: Tensor | None = None
+    """float32 [n]: the sampler's, where `old_log_probs` are the trainer's own; None: they are the sampler's"""
 
     def to(self, device: torch.device) -> MicroBatch:
         """A copy on `device`."""

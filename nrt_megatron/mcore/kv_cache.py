@@ -14,18 +14,20 @@ from torch import Tensor
 
 from nrt_megatron.mcore.attention import hidden_columns
 from nrt_megatron.mcore.model import PolicyModel, ScoredTokens
+from nrt_megatron.mcore.precision import rollout_precision
 
 
 @contextlib.contextmanager
-def inference_mode(chunks: list[PolicyModel]) -> Iterator[None]:
-    """Evaluation mode without gradients; sequence parallelism is off, since one token cannot be split."""
+def inference_mode(chunks: list[PolicyModel], fp8: str = "same") -> Iterator[None]:
+    """Evaluation mode without gradients, FP8 as a recipe's `policy.generation.fp8` says; sequence parallelism is off,
+    since one token cannot be split."""
     sequence_parallel = chunks[0].config.sequence_parallel
     for chunk in chunks:
         chunk.eval()
         if sequence_parallel:
             set_model_to_sequence_parallel(chunk, False)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), rollout_precision(chunks, fp8):
             yield
     finally:
         for chunk in chunks:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
+from megatron.core.fp8_utils import is_first_last_bf16_layer
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
@@ -13,10 +14,12 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
 from nrt_megatron.convert.config import RopeScaling
 from nrt_megatron.mcore.attention import CachingSelfAttention, SDPACoreAttention
+from nrt_megatron.mcore.fp8 import Fp8ColumnParallelLinear, Fp8RowParallelLinear, Scaling
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -73,8 +76,13 @@ class RowRotaryEmbedding(RotaryEmbedding):
         return torch.cat([angles, angles], dim=-1)
 
 
-def block_spec(config: TransformerConfig, use_te: bool, vp_stage: int | None) -> TransformerBlockSubmodules:
-    """The decoder block of this rank's stage: Transformer Engine layers, or Megatron's local ones."""
+def block_spec(
+    config: TransformerConfig, use_te: bool, vp_stage: int | None, scaling: Scaling | None = None
+) -> TransformerBlockSubmodules:
+    """The decoder block of this rank's stage: Transformer Engine layers, or Megatron's local ones.
+
+    scaling: local layers rehearse FP8, but for the first and last ones where the config leaves these out.
+    """
     if use_te:
         from megatron.core.extensions.transformer_engine import TENorm
 
@@ -88,6 +96,20 @@ def block_spec(config: TransformerConfig, use_te: bool, vp_stage: int | None) ->
     layer.submodules.self_attention.submodules.core_attention = SDPACoreAttention
     if not use_te:
         layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = norm
-    return TransformerBlockSubmodules(
-        layer_specs=[layer] * get_num_layers_to_build(config, vp_stage), layer_norm=norm
+    layers = [layer] * get_num_layers_to_build(config, vp_stage)
+    if scaling is not None:
+        first, rehearsing = get_transformer_layer_offset(config, vp_stage), _rehearsing(layer, scaling)
+        layers = [layer if is_first_last_bf16_layer(config, first + i) else rehearsing for i in range(len(layers))]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
+
+
+def _rehearsing(layer: ModuleSpec, scaling: Scaling) -> ModuleSpec:
+    """`layer` with linear layers that round to FP8."""
+    layer = copy.deepcopy(layer)
+    attention, mlp = layer.submodules.self_attention.submodules, layer.submodules.mlp.submodules
+    column, row = (
+        ModuleSpec(module, params={"scaling": scaling}) for module in (Fp8ColumnParallelLinear, Fp8RowParallelLinear)
     )
+    attention.linear_qkv, attention.linear_proj = column, row
+    mlp.linear_fc1, mlp.linear_fc2 = column, row
+    return layer

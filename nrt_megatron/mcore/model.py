@@ -16,8 +16,10 @@ from torch import Tensor
 
 from nrt_megatron.convert.config import ModelShape
 from nrt_megatron.mcore import HAS_GPU
+from nrt_megatron.mcore.fp8 import Scaling
 from nrt_megatron.mcore.layers import RowRotaryEmbedding, block_spec
 from nrt_megatron.mcore.logprobs import token_log_probs
+from nrt_megatron.mcore.precision import has_te_fp8, transformer_fields
 from nrt_megatron.recipe import ConfigError, Megatron
 
 
@@ -44,10 +46,10 @@ class PolicyModel(GPTModel):
 
     def __init__(self, config: TransformerConfig, shape: ModelShape, *, padded_vocab_size: int, use_te: bool,
                  pre_process: bool, post_process: bool, vp_stage: int | None, logprob_chunk_size: int,
-                 pg_collection: ProcessGroupCollection):  # fmt: skip
+                 pg_collection: ProcessGroupCollection, fp8_rehearsal: Scaling | None = None):  # fmt: skip
         super().__init__(
             config=config,
-            transformer_layer_spec=block_spec(config, use_te, vp_stage),
+            transformer_layer_spec=block_spec(config, use_te, vp_stage, fp8_rehearsal),
             vocab_size=padded_vocab_size,
             max_sequence_length=shape.max_position_embeddings,
             pre_process=pre_process,
@@ -119,19 +121,24 @@ class PolicyModel(GPTModel):
 
 
 def use_transformer_engine(cfg: Megatron) -> bool:
-    """Whether the layers are Transformer Engine's. Raises ConfigError when asked for and absent."""
+    """Whether the layers are Transformer Engine's. Raises ConfigError when asked for, or needed for FP8, and absent."""
     try:
         import transformer_engine.pytorch  # noqa: F401
 
         present = HAS_GPU
     except ImportError:
         present = False
-    if cfg.transformer_impl == "transformer_engine" and not present:
+    if not present and has_te_fp8(cfg):
+        raise ConfigError(
+            f"policy.megatron_cfg.fp8={cfg.fp8}: Transformer Engine (with a GPU) is not here; install the `gpu` extra, "
+            "set null, or rehearse it with fp8_emulation=true"
+        )
+    if not present and cfg.transformer_impl == "transformer_engine":
         raise ConfigError(
             "policy.megatron_cfg.transformer_impl=transformer_engine: Transformer Engine (with a GPU) is not "
             "here; install the `gpu` extra or set transformer_impl=local"
         )
-    return present and cfg.transformer_impl != "local"
+    return present and cfg.transformer_impl != "local" and not cfg.fp8_emulation
 
 
 def padded_vocab_size(vocab_size: int, cfg: Megatron) -> int:
@@ -181,6 +188,7 @@ def transformer_config(shape: ModelShape, cfg: Megatron, **overrides) -> Transfo
                 perform_initialization=False,  # weights come from a checkpoint or from seeded_weights
                 deterministic_mode=cfg.deterministic_mode,
                 gradient_accumulation_fusion=False,
+                **transformer_fields(cfg),
             ),
             **overrides,
         }
@@ -205,6 +213,7 @@ def build_chunks(shape: ModelShape, cfg: Megatron, **config_overrides) -> list[P
                 vp_stage=vp_stage,
                 logprob_chunk_size=cfg.logprob_chunk_size,
                 pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+                fp8_rehearsal=Scaling.of(cfg),
             )
         )
         mark_tensor_parallel(chunks[-1])
@@ -223,8 +232,9 @@ def mark_tensor_parallel(chunk: PolicyModel) -> None:
         tensor_parallel.RowParallelLinear: 1,
     }
     for module in chunk.modules():
-        if type(module) in axes and module.weight is not None:
-            tensor_parallel.set_tensor_model_parallel_attributes(module.weight, True, axes[type(module)], 1)
+        axis = next((axis for kind, axis in axes.items() if isinstance(module, kind)), None)
+        if axis is not None and module.weight is not None:
+            tensor_parallel.set_tensor_model_parallel_attributes(module.weight, True, axis, 1)
 
 
 def wrap_for_training(chunks: list[PolicyModel], cfg: Megatron) -> list[DistributedDataParallel]:
@@ -234,6 +244,7 @@ def wrap_for_training(chunks: list[PolicyModel], cfg: Megatron) -> list[Distribu
         overlap_grad_reduce=cfg.overlap_grad_reduce,
         overlap_param_gather=cfg.overlap_param_gather,
         use_distributed_optimizer=cfg.use_distributed_optimizer,
+        fp8_param_gather=cfg.fp8_param,
         check_for_nan_in_grad=False,  # a non-finite gradient is counted and reported by the trainer
     )
     wrapped = []

@@ -7,6 +7,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from nrt_megatron.mcore.precision import has_te_fp8
 from nrt_megatron.recipe import Policy
 
 
@@ -26,6 +27,7 @@ def build_optimizer(chunks: list[DistributedDataParallel], policy: Policy) -> Me
         params_dtype=torch.bfloat16 if megatron.bf16 else torch.float32,
         use_distributed_optimizer=megatron.use_distributed_optimizer,
         overlap_param_gather=megatron.overlap_param_gather,
+        fp8_recipe=megatron.fp8_recipe if has_te_fp8(megatron) else None,
         log_num_zeros_in_grad=False,
     )
     return get_megatron_optimizer(config, chunks)

@@ -66,6 +66,7 @@ def _forward_step(loss_fn: LossFunction | None, device: torch.device):
                     sequence=batch.sequence,
                     num_sequences=batch.num_sequences,
                     entropy=entropy.detach(),
+                    sampler_log_probs=batch.sampler_log_probs,
                 )
             )
             return loss.loss_sum, count, replace(result, loss=loss.detached())

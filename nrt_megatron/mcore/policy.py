@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -16,6 +16,7 @@ from nrt_megatron.mcore import pipeline
 from nrt_megatron.mcore.hf import WeightSource, load_hf_weights
 from nrt_megatron.mcore.model import PolicyModel, build_chunks, use_transformer_engine, wrap_for_training
 from nrt_megatron.mcore.optim import build_optimizer, build_scheduler
+from nrt_megatron.mcore.precision import describe, token_multiple
 from nrt_megatron.mcore.runtime import Runtime
 from nrt_megatron.recipe import Policy as PolicyRecipe
 
@@ -43,10 +44,16 @@ class MegatronPolicy:
         self.scheduler: OptimizerParamScheduler
 
     @property
+    def pad_multiple(self) -> int:
+        """Columns of a micro-batch must be a multiple of this."""
+        return token_multiple(self.recipe.megatron_cfg, self.recipe.sequence_packing.enabled)
+
+    @property
     def layers(self) -> str:
         """Which layers run, for the user."""
-        kind = "Transformer Engine" if use_transformer_engine(self.recipe.megatron_cfg) else "Megatron local"
-        return f"{kind} layers, {'bf16' if self.recipe.megatron_cfg.bf16 else 'fp32'}"
+        cfg = self.recipe.megatron_cfg
+        kind = "Transformer Engine" if use_transformer_engine(cfg) else "Megatron local"
+        return f"{kind} layers, {describe(cfg)}"
 
     def load(self, source: WeightSource, shape: ModelShape, new_tokens: NewTokens | None = None) -> None:
         """Fills the weights from Hugging Face tensors of `shape`, each rank its own slices.
@@ -80,6 +87,17 @@ class MegatronPolicy:
             lr=self.optimizer.param_groups[0]["lr"],
             applied=bool(applied),
         )
+
+    def with_own_log_probs(self, batches: list[MicroBatch]) -> list[MicroBatch]:
+        """The batches with this policy's log-probs as the old ones, and the sampler's beside them.
+
+        On the last pipeline stage, which alone computes a loss; elsewhere unchanged.
+        """
+        results = self.log_probs(batches)
+        return [
+            replace(batch, old_log_probs=result.log_probs, sampler_log_probs=batch.old_log_probs)
+            for batch, result in zip(batches, results, strict=True)
+        ] if results else batches
 
     @torch.no_grad()
     def log_probs(self, batches: list[MicroBatch]) -> list[pipeline.MicroBatchResult]:

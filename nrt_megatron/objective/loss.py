@@ -7,6 +7,14 @@
 each divided by the constant `loss_normalizer`; nothing here divides by a number of sequences or tokens, so that
 losses and gradients of any split into micro-batches add up to the same. The caller divides once by the number of
 sequences of the global batch.
+
+Where the sampler computes otherwise than the trainer (in another precision, say), a trace token is drawn from another
+distribution than the one that rho starts from; with `TokenBatch.sampler_log_probs` its term is also multiplied by
+
+    w = min(pi_old(z_t) / pi_sampler(z_t), rollout_importance_cap)
+
+truncated importance sampling (E. L. Ionides, J. Comput. Graph. Stat. 17, 2008; for such samplers: F. Yao et al., Your
+Efficient RL Framework Secretly Brings You Off-Policy RL Training, 2025).
 """
 
 from __future__ import annotations
@@ -31,6 +39,8 @@ LOSS_METRICS = (
     "ratio/mean",
     "ratio/drop_share",
     "ratio/clip_share",
+    "rollout_weight/mean",
+    "rollout_weight/cap_share",
     "trace/entropy",
     "logprob_gap/abs_mean",
     "marker/format_nll",
@@ -39,7 +49,11 @@ LOSS_METRICS = (
 """Names in `LossOutput.metrics`: always all of them, in this order."""
 
 LOSS_MAXIMA = ("ratio/max", "logprob_gap/max")
-"""Names in `LossOutput.maxima`: always both, in this order; -inf without trace tokens."""
+"""Names in `LossOutput.maxima`: always both, in this order; -inf without trace tokens.
+
+`logprob_gap`: |log pi_old - log pi_sampler| where both are known, else |log pi - log pi_old|, which is that gap in the
+first update after a rollout.
+"""
 
 
 @dataclass(frozen=True)
@@ -49,7 +63,7 @@ class TokenBatch:
     log_probs: Tensor
     """float, natural log, current policy; carries the gradient"""
     old_log_probs: Tensor
-    """float, log-probs when the tokens were sampled"""
+    """float, log-probs before the first update on these tokens: the sampler's, or the trainer's own"""
     advantages: Tensor
     """float, advantage A of the token's sequence"""
     token_signal: Tensor
@@ -61,6 +75,8 @@ class TokenBatch:
     num_sequences: int
     entropy: Optional[Tensor] = None
     """float, entropy of the policy where the token was drawn (nats); only reported"""
+    sampler_log_probs: Optional[Tensor] = None
+    """float, the sampler's log-probs where `old_log_probs` are the trainer's: weighs the trace term; None: no weights"""
 
 
 @dataclass(frozen=True)
@@ -115,6 +131,14 @@ def _ratios(batch: TokenBatch, in_trace: Tensor, settings: NRT) -> _Ratios:
     return _Ratios(ratio, clamped, dropped & in_trace)
 
 
+def _rollout_weights(batch: TokenBatch, settings: NRT) -> Optional[Tensor]:
+    """w of all tokens, detached; 1 for tokens that were not sampled. None: the sampler is the trainer."""
+    if batch.sampler_log_probs is None:
+        return None
+    gap = torch.where(batch.kind == TRACE, batch.old_log_probs - batch.sampler_log_probs, 0.0)
+    return gap.exp().clamp(max=settings.rollout_importance_cap)
+
+
 def _sum(values: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, values, 0.0).sum()
 
@@ -126,7 +150,7 @@ def nrt_loss(batch: TokenBatch, settings: NRT) -> LossOutput:
     neither values nor gradients. A term without tokens is exactly 0 with gradient 0.
 
     - trace: TRACE tokens, and with `train_forced_marker` FORMAT tokens. A token is dropped when A > 0 and
-      rho > ratio_drop_max, or A < 0 and rho < ratio_drop_min.
+      rho > ratio_drop_max, or A < 0 and rho < ratio_drop_min. With `sampler_log_probs` times w.
     - format: FORMAT tokens. token: ANSWER tokens, with s_i from `token_signal`, times r_k with `sequence_ratio`.
     - scheme `sft`: only the token term, with s_i = 1 and no ratio.
     """
@@ -146,6 +170,9 @@ def nrt_loss(batch: TokenBatch, settings: NRT) -> LossOutput:
     log_probs = torch.where(batch.kind == NONE, 0.0, batch.log_probs)
     signal = torch.where(is_answer, batch.token_signal, 0.0)
     advantages = torch.where(in_trace, batch.advantages, 0.0)
+    weights = _rollout_weights(batch, settings)
+    if weights is not None:
+        advantages = advantages * weights
     if settings.sequence_ratio:
         signal = signal * ratios.clamped
     kept = in_trace & ~ratios.dropped
@@ -160,18 +187,27 @@ def nrt_loss(batch: TokenBatch, settings: NRT) -> LossOutput:
         + settings.format_loss_weight * terms["format"]
         + settings.token_loss_weight * terms["token"]
     )
-    metrics, maxima = _report(batch, terms, ratios, in_trace)
+    metrics, maxima = _report(batch, terms, ratios, in_trace, weights, settings)
     return LossOutput(loss_sum, terms, {name: mask.sum() for name, mask in masks.items()}, metrics, maxima)
 
 
 @torch.no_grad()
 def _report(
-    batch: TokenBatch, terms: dict[str, Tensor], ratios: _Ratios, in_trace: Tensor
+    batch: TokenBatch,
+    terms: dict[str, Tensor],
+    ratios: _Ratios,
+    in_trace: Tensor,
+    weights: Optional[Tensor],
+    settings: NRT,
 ) -> tuple[Metrics, dict[str, Number]]:
     """`LOSS_METRICS` and `LOSS_MAXIMA`. Losses are per sequence, all else per token of its kind."""
     sampled = batch.kind == TRACE
-    gap = (batch.log_probs - batch.old_log_probs).abs()
+    if batch.sampler_log_probs is None:
+        gap = (batch.log_probs - batch.old_log_probs).abs()
+    else:
+        gap = (batch.old_log_probs - batch.sampler_log_probs).abs()
     nothing = torch.zeros((), device=gap.device)
+    none = (nothing, nothing)
     per_sequence = {
         name: (term.detach().double(), float(batch.num_sequences)) for name, term in terms.items()
     }
@@ -182,7 +218,11 @@ def _report(
         "ratio/mean": mean_of(ratios.ratio, in_trace),
         "ratio/drop_share": mean_of(ratios.dropped, in_trace),
         "ratio/clip_share": mean_of(ratios.clamped != ratios.ratio, in_trace),
-        "trace/entropy": (nothing, nothing) if batch.entropy is None else mean_of(batch.entropy, sampled),
+        "rollout_weight/mean": none if weights is None else mean_of(weights, sampled),
+        "rollout_weight/cap_share": (
+            none if weights is None else mean_of(weights >= settings.rollout_importance_cap, sampled)
+        ),
+        "trace/entropy": none if batch.entropy is None else mean_of(batch.entropy, sampled),
         "logprob_gap/abs_mean": mean_of(gap, sampled),
         "marker/format_nll": mean_of(-batch.log_probs, batch.kind == FORMAT),
         "answer/nll": mean_of(-batch.log_probs, batch.kind == ANSWER),

@@ -112,6 +112,9 @@ def _check_megatron(recipe: Recipe) -> None:
 
 def _check_objective(recipe: Recipe) -> None:
     nrt = recipe.nrt
+    if nrt.rollout_importance_sampling and nrt.reward_scheme == "sft":
+        problem = "nrt.reward_scheme sft samples no traces"
+        raise ConfigError.at("nrt.rollout_importance_sampling", True, problem, "set it to false")
     if nrt.num_generations_per_prompt == 1 and nrt.scale_reward_by == "std" and nrt.reward_scheme != "sft":
         problem = "one trace has no standard deviation (nrt.scale_reward_by = 'std')"
         raise ConfigError.at(

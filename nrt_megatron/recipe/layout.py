@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nrt_megatron.recipe.errors import ConfigError
+from nrt_megatron.recipe.precision import check_precision_shape
 from nrt_megatron.recipe.schema import Recipe
 
 _TP = "policy.megatron_cfg.tensor_model_parallel_size"
@@ -145,6 +146,7 @@ def check_model_shape(recipe: Recipe, config: Mapping[str, Any], source: str) ->
             raise ConfigError.at(_TP, tp, f"does not divide {key} = {size} of {source}", remedy)
     if _is_size(config.get("num_hidden_layers")):
         _check_stages(recipe, config["num_hidden_layers"], source)
+    check_precision_shape(recipe, config, source)
     positions, limit = config.get("max_position_embeddings"), recipe.policy.max_total_sequence_length
     if _is_size(positions) and limit > positions:
         problem = f"beyond max_position_embeddings = {positions} of {source}"

@@ -54,6 +54,7 @@ RANGES: dict[str, Range] = {
     "nrt.ratio_drop_max": ABOVE_ZERO,
     "nrt.loss_normalizer": ABOVE_ZERO,
     "nrt.max_inverse_prob_weight": ABOVE_ZERO,
+    "nrt.rollout_importance_cap": ABOVE_ZERO,
     "nrt.empty_trace_penalty": NOT_NEGATIVE,
     "nrt.truncated_trace_penalty": NOT_NEGATIVE,
     "nrt.max_skipped_updates": POSITIVE,
@@ -121,6 +122,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "policy.megatron_cfg.fp8_recipe": ("tensorwise", "delayed", "blockwise", "mxfp8"),
     "policy.megatron_cfg.recompute_granularity": ("full", "selective"),
     "policy.megatron_cfg.recompute_method": ("uniform", "block"),
+    "policy.generation.fp8": ("same", "none"),
     "policy.scheduler.lr_decay_style": ("constant", "linear", "cosine"),
     "data.on_bad_row": ("error", "drop"),
 }

@@ -29,19 +29,20 @@ class Megatron:
     bf16: bool = False
     """Weights and activations in bfloat16, the optimizer's copy in float32. Else all in float32."""
     fp8: Optional[str] = None
-    """Linear layers in FP8: `e4m3`, `hybrid` (gradients in E5M2), or null. Needs Transformer Engine's layers."""
+    """Linear layers in FP8: `e4m3`, `hybrid` (gradients in E5M2), or null. Needs Transformer Engine's layers, or
+    `fp8_emulation`."""
     fp8_recipe: str = "delayed"
     """Scaling: `tensorwise` (of the current tensor), `delayed`, `blockwise`, `mxfp8`."""
     fp8_param: bool = False
     """Keep the weights of linear layers in FP8 alone."""
     first_last_layers_bf16: bool = False
-    """Leave the first and last layers of the model in bfloat16."""
+    """Leave the first and last layers of the model out of FP8."""
     num_layers_at_start_in_bf16: int = 1
     """How many of the first, with `first_last_layers_bf16`."""
     num_layers_at_end_in_bf16: int = 1
     """How many of the last, with `first_last_layers_bf16`."""
     fp8_emulation: bool = False
-    """Rehearse FP8 on local layers: the same rounding, without the speed."""
+    """Rehearse FP8 (tensorwise or blockwise) on local layers, with or without a GPU: the same rounding, and slower."""
     use_distributed_optimizer: bool = False
     """Shard the optimizer state over the data-parallel ranks."""
     overlap_grad_reduce: bool = False

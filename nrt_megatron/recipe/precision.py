@@ -1,40 +1,92 @@
-"""FP8 fields: which go together. Megatron accepts any of these mistakes silently."""
+"""FP8 fields: which go together. Megatron accepts most of these mistakes silently."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 from nrt_megatron.recipe.errors import ConfigError
 from nrt_megatron.recipe.schema import Recipe
 
 _PREFIX = "policy.megatron_cfg."
 _NEED_FP8 = ("fp8_param", "first_last_layers_bf16", "fp8_emulation")
+_REHEARSED = ("tensorwise", "blockwise")
+
+
+def _refuse(recipe: Recipe, name: str, problem: str, remedy: str) -> None:
+    raise ConfigError.at(_PREFIX + name, getattr(recipe.policy.megatron_cfg, name), problem, remedy)
 
 
 def check_precision(recipe: Recipe) -> None:
     """Raises ConfigError for FP8 fields that would be ignored, or that Megatron refuses, together."""
-    cfg = recipe.policy.megatron_cfg
-
-    def refuse(name: str, problem: str, remedy: str) -> None:
-        raise ConfigError.at(_PREFIX + name, getattr(cfg, name), problem, remedy)
-
+    cfg, sampling = recipe.policy.megatron_cfg, recipe.policy.generation.fp8
     if cfg.fp8 is None:
         for name in _NEED_FP8:
             if getattr(cfg, name):
-                refuse(name, f"{_PREFIX}fp8 is null", f"set it to false, or {_PREFIX}fp8 to hybrid or e4m3")
+                _refuse(recipe, name, f"{_PREFIX}fp8 is null", f"set it to false, or {_PREFIX}fp8 to hybrid or e4m3")
+        if sampling != "same":
+            raise ConfigError.at("policy.generation.fp8", sampling, f"{_PREFIX}fp8 is null", "set same")
         return
-    if not cfg.bf16 and not cfg.fp8_emulation:
-        refuse("fp8", "the other layers would be in float32", f"set {_PREFIX}bf16=true")
-    if cfg.transformer_impl == "local" and not cfg.fp8_emulation:
-        # Megatron's local layers ignore fp8 and train in bfloat16 without a word.
-        refuse("fp8", "local layers have none", f"set {_PREFIX}transformer_impl=auto, or fp8_emulation=true")
+    if cfg.fp8_param and sampling == "none":
+        problem = f"there are no other weights than FP8 with {_PREFIX}fp8_param"
+        raise ConfigError.at("policy.generation.fp8", sampling, problem, "set same")
+    _check_rehearsal(recipe) if cfg.fp8_emulation else _check_transformer_engine(recipe)
     if cfg.first_last_layers_bf16 and cfg.fp8_recipe == "delayed":
-        refuse("fp8_recipe", "scales all layers alike", "set tensorwise, or first_last_layers_bf16=false")
+        _refuse(recipe, "fp8_recipe", "scales all layers alike", "set tensorwise, or first_last_layers_bf16=false")
+
+
+def _check_transformer_engine(recipe: Recipe) -> None:
+    cfg, rehearse = recipe.policy.megatron_cfg, "set null, or rehearse it with fp8_emulation=true and fp8_recipe=tensorwise"
+    if not recipe.cluster.gpus_per_node:
+        _refuse(recipe, "fp8", "Transformer Engine needs a GPU, and cluster.gpus_per_node is 0", rehearse)
+    if not cfg.bf16:
+        _refuse(recipe, "fp8", "the other layers would be in float32", f"set {_PREFIX}bf16=true")
+    if cfg.transformer_impl == "local":
+        # Megatron's local layers ignore fp8 and train in bfloat16 without a word.
+        _refuse(recipe, "fp8", "local layers have none", f"set {_PREFIX}transformer_impl=auto, or fp8_emulation=true")
+    if cfg.fp8_param and not cfg.use_distributed_optimizer:
+        remedy = f"set {_PREFIX}use_distributed_optimizer=true, or fp8_param=false"
+        _refuse(recipe, "fp8_param", "the float32 copies are the distributed optimizer's", remedy)
+
+
+def _check_rehearsal(recipe: Recipe) -> None:
+    cfg = recipe.policy.megatron_cfg
+    if cfg.transformer_impl == "transformer_engine":
+        remedy = f"set it to false, or {_PREFIX}transformer_impl=local"
+        _refuse(recipe, "fp8_emulation", "Transformer Engine's layers have FP8 itself", remedy)
+    if cfg.fp8_recipe not in _REHEARSED:
+        _refuse(recipe, "fp8_recipe", "not among the scalings that fp8_emulation rehearses", f"set {' or '.join(_REHEARSED)}")
+    if cfg.fp8_param:
+        _refuse(recipe, "fp8_param", "fp8_emulation rounds weights that stay as they are", "set false")
+
+
+def check_precision_shape(recipe: Recipe, config: Mapping[str, Any], source: str) -> None:
+    """Whether FP8 fits a Hugging Face `config.json` with valid sizes. Raises ConfigError.
+
+    Some layers are left to run in it, Megatron wants those left out at an end to be of one stage, and Transformer Engine's
+    FP8 products want sides that are multiples of 16 on every tensor-parallel rank.
+    """
+    cfg, sizes = recipe.policy.megatron_cfg, {k: v for k, v in config.items() if type(v) is int and v > 0}
+    if cfg.fp8 is None:
+        return
+    if cfg.first_last_layers_bf16 and "num_hidden_layers" in sizes:
+        layers, start, end = sizes["num_hidden_layers"], cfg.num_layers_at_start_in_bf16, cfg.num_layers_at_end_in_bf16
+        most = layers // cfg.pipeline_model_parallel_size
+        for name in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16"):
+            if getattr(cfg, name) > most:
+                _refuse(recipe, name, f"a pipeline stage of {source} has {most} layers", f"set at most {most}")
+        if start + end >= layers:
+            problem = f"with {start} layers at the start none of {layers} of {source} is left for FP8"
+            remedy = f"set fewer than {layers} in all, or {_PREFIX}fp8=null"
+            _refuse(recipe, "num_layers_at_end_in_bf16", problem, remedy)
+    for key, share in (("hidden_size", 1), ("intermediate_size", cfg.tensor_model_parallel_size)):
+        if not cfg.fp8_emulation and key in sizes and sizes[key] // share % 16:
+            problem = f"{key} = {sizes[key]} of {source} over {share} ranks is no multiple of 16"
+            _refuse(recipe, "fp8", problem, "set null, or another tensor_model_parallel_size")
 
 
 def check_built(recipe: Recipe) -> None:
     """Raises ConfigError for what can be planned and not be trained yet."""
-    cfg = recipe.policy.megatron_cfg
-    if cfg.fp8 is not None:
-        raise ConfigError.at(_PREFIX + "fp8", cfg.fp8, "FP8 is planned but not yet run", "set null")
     for name in ("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split"):
-        if getattr(cfg, name):
-            raise ConfigError.at(_PREFIX + name, True, "planned but not yet run", "set false")
+        if getattr(recipe.policy.megatron_cfg, name):
+            _refuse(recipe, name, "planned but not yet run", "set false")

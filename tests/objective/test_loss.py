@@ -22,7 +22,8 @@ from nrt_megatron.objective.loss import (
 from nrt_megatron.recipe import NRT, PRESETS
 
 ONE = NRT(loss_normalizer=1.0)
-TENSORS = tuple(f.name for f in fields(TokenBatch) if f.name not in ("num_sequences", "entropy"))
+OPTIONAL = ("entropy", "sampler_log_probs")
+TENSORS = tuple(f.name for f in fields(TokenBatch) if f.name not in ("num_sequences", *OPTIONAL))
 
 
 def batch(rows: list[tuple], num_sequences: int = 1, dtype: torch.dtype = torch.float64) -> TokenBatch:
@@ -56,7 +57,8 @@ def random_batch(num_sequences: int = 6, length: int = 9) -> TokenBatch:
 
 def part_of(tokens: TokenBatch, index: torch.Tensor) -> TokenBatch:
     """Some of the tokens, their sequences renumbered as a micro-batch does."""
-    some = replace(tokens, **{name: getattr(tokens, name)[index] for name in (*TENSORS, "entropy")})
+    given = [name for name in (*TENSORS, *OPTIONAL) if getattr(tokens, name) is not None]
+    some = replace(tokens, **{name: getattr(tokens, name)[index] for name in given})
     ids, sequence = some.sequence.unique(return_inverse=True)
     return replace(some, sequence=sequence, num_sequences=len(ids))
 
@@ -217,10 +219,51 @@ def test_sequence_ratio_by_hand():
     assert float(out.metrics["ratio/drop_share"][0]) == 1
 
 
+def test_rollout_weights_by_hand():
+    """Ratios start from the trainer's own log-probs; w corrects for the sampler's, on sampled tokens alone."""
+    rows = [
+        (math.log(0.5), math.log(0.5), 2.0, 0.0, TRACE, 0),  # sampled at 0.4: w = 1.25
+        (math.log(0.5), math.log(0.45), -1.0, 0.0, TRACE, 0),  # sampled at 0.9: w = 0.5, and rho = 1.111
+        (math.log(0.5), math.log(0.5), 2.0, 0.0, TRACE, 1),  # sampled at 0.1: w = 5, truncated to 2
+        (math.log(0.5), math.log(0.3), 2.0, 0.0, TRACE, 1),  # rho = 1.67 and A > 0: dropped whatever w is
+        (math.log(0.2), math.log(0.2), 1.0, 0.0, FORMAT, 1),  # not sampled: w = 1 in the trace term
+        (math.log(0.4), math.log(0.4), 1.0, 3.0, ANSWER, 1),
+    ]
+    sampler = torch.tensor([0.4, 0.9, 0.1, 0.6, 1e-9, 1e-9], dtype=torch.float64).log()
+    tokens = replace(batch(rows, 2), sampler_log_probs=sampler)
+    settings = replace(ONE, train_forced_marker=True, format_loss_weight=0.0, rollout_importance_cap=2.0)
+    out = nrt_loss(tokens, settings)
+    assert gradient(out, tokens) == pytest.approx([-2.5, 0.5 / 0.9, -4.0, 0.0, -1.0, -3.0])
+    metrics = {name: (float(total), float(count)) for name, (total, count) in out.metrics.items()}
+    assert metrics["rollout_weight/mean"] == pytest.approx((1.25 + 0.5 + 2.0 + 0.5, 4.0))
+    assert metrics["rollout_weight/cap_share"] == (1.0, 4.0)
+    gaps = [math.log(1.25), math.log(2), math.log(5), math.log(2)]
+    assert metrics["logprob_gap/abs_mean"] == pytest.approx((sum(gaps), 4.0))
+    assert float(out.maxima["logprob_gap/max"]) == pytest.approx(math.log(5))
+
+
+def test_a_sampler_that_is_the_trainer_has_weight_one():
+    tokens = random_batch()
+    plain = nrt_loss(tokens, NRT())
+    same = nrt_loss(replace(tokens, sampler_log_probs=tokens.old_log_probs), NRT())
+    assert torch.equal(same.loss_sum, plain.loss_sum)
+    assert torch.equal(*(value.double() for value in same.metrics["rollout_weight/mean"]))
+    assert float(same.metrics["logprob_gap/abs_mean"][0]) == 0
+    assert plain.metrics["rollout_weight/mean"] == (0.0, 0.0)  # left out of the row
+
+
+def test_an_impossible_token_of_the_sampler_is_finite():
+    tokens = replace(batch([(-1.0, -1.0, 1.0, 0.0, TRACE, 0)], dtype=torch.float32), sampler_log_probs=torch.tensor([-500.0]))
+    assert gradient(nrt_loss(tokens, ONE), tokens) == pytest.approx([-2.0])
+
+
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("preset", ["reference", "paper"])
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_any_split_into_micro_batches_adds_up_to_the_same(preset, size):
+def test_any_split_into_micro_batches_adds_up_to_the_same(preset, size, weighted):
     settings, tokens = NRT(**PRESETS[preset]), random_batch()
+    if weighted:
+        tokens = replace(tokens, sampler_log_probs=tokens.old_log_probs + tokens.token_signal)
     whole = nrt_loss(tokens, settings)
     wanted = torch.autograd.grad(whole.loss_sum, tokens.log_probs)[0]
     order = torch.randperm(6, generator=torch.Generator().manual_seed(size))

@@ -12,27 +12,63 @@ from .test_checks import refusal
 M = "policy.megatron_cfg."
 
 
+GPU = ["cluster.gpus_per_node=4", f"{M}fp8=hybrid"]
+REHEARSED = [f"{M}fp8=hybrid", f"{M}fp8_recipe=tensorwise", f"{M}fp8_emulation=true"]
+
+
 @pytest.mark.parametrize(
     "overrides, message",
     [
         ([f"{M}fp8=E4M3"], "choose e4m3, hybrid"),
         ([f"{M}fp8=hybrid", f"{M}bf16=true", f"{M}fp8_recipe=bogus"], "choose tensorwise"),
-        ([f"{M}fp8=hybrid"], "set policy.megatron_cfg.bf16=true"),
-        ([f"{M}fp8=hybrid", f"{M}bf16=true", f"{M}transformer_impl=local"], "local layers have none"),
-        ([f"{M}fp8=hybrid", f"{M}bf16=true", f"{M}first_last_layers_bf16=true"], "set tensorwise"),
+        ([f"{M}fp8=hybrid", f"{M}bf16=true"], "rehearse it with fp8_emulation=true"),
+        ([*GPU], "set policy.megatron_cfg.bf16=true"),
+        ([*GPU, f"{M}bf16=true", f"{M}transformer_impl=local"], "local layers have none"),
+        ([*GPU, f"{M}bf16=true", f"{M}first_last_layers_bf16=true"], "set tensorwise"),
+        ([*GPU, f"{M}bf16=true", f"{M}fp8_param=true"], "use_distributed_optimizer=true"),
         ([f"{M}fp8_param=true"], "policy.megatron_cfg.fp8 to hybrid or e4m3"),
         ([f"{M}fp8_emulation=true"], "policy.megatron_cfg.fp8 is null"),
+        (["policy.generation.fp8=none"], "policy.megatron_cfg.fp8 is null"),
+        ([*GPU, f"{M}bf16=true", f"{M}fp8_param=true", "policy.generation.fp8=none"], "set same"),
+        ([*REHEARSED, f"{M}fp8_recipe=delayed"], "set tensorwise or blockwise"),
+        ([*REHEARSED, f"{M}fp8_param=true"], "set false"),
+        ([*REHEARSED, "cluster.gpus_per_node=4", f"{M}transformer_impl=transformer_engine"], "transformer_impl=local"),
+        (["nrt.rollout_importance_sampling=true", "nrt.reward_scheme=sft"], "samples no traces"),
     ],
 )
 def test_fp8_fields_that_megatron_would_ignore_are_refused(load, overrides, message):
     assert message in refusal(load(*overrides))
 
 
-def test_fp8_is_planned_and_not_yet_trained(load):
-    recipe = load(f"{M}fp8=hybrid", f"{M}fp8_recipe=tensorwise", f"{M}bf16=true", f"{M}first_last_layers_bf16=true")
-    check(recipe)
-    assert "not yet run" in refusal(recipe, check_built)
+def test_fp8_runs_on_transformer_engine_or_rehearsed(load):
+    edges = [f"{M}fp8_recipe=tensorwise", f"{M}first_last_layers_bf16=true"]
+    for recipe in (load(*GPU, f"{M}bf16=true", *edges), load(*REHEARSED, *edges), load(*REHEARSED, "policy.generation.fp8=none")):
+        check(recipe)
+        check_built(recipe)
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        ([f"{M}num_layers_at_start_in_bf16=4", f"{M}num_layers_at_end_in_bf16=2"], "none of 6 of"),
+        ([f"{M}num_layers_at_end_in_bf16=4", f"{M}pipeline_model_parallel_size=2"], "set at most 3"),
+    ],
+)
+def test_some_layers_are_left_for_fp8(load, overrides, message):
+    model = [CONFIG, "policy.tokenizer.path=t", *REHEARSED, f"{M}first_last_layers_bf16=true"]
+    check(load(*model))
+    assert message in refusal(load(*model, *overrides))
+
+
+def test_transformer_engines_fp8_wants_sides_of_16(load):
+    model = [CONFIG, "policy.tokenizer.path=t", *GPU, f"{M}bf16=true"]
+    check(load(*model))
+    assert "intermediate_size = 104" in refusal(load(*model, "policy.model.config.intermediate_size=104"))
+
+
+def test_what_is_planned_and_not_yet_trained(load):
     check_built(load())
+    assert "not yet run" in refusal(load(f"{M}account_for_loss_in_pipeline_split=true"), check_built)
 
 
 def test_embedding_and_output_layer_count_as_layers(load):
