@@ -1,0 +1,111 @@
+"""Which number formats the layers run in: Megatron's FP8 fields, the precision of a rollout, and what FP8 asks of shapes.
+
+What concerns Transformer Engine here follows Megatron-Core 0.16.1 and Transformer Engine 2.11 as documented and read; it
+has not run on a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from megatron.core.fp8_utils import get_fp8_align_size
+from torch import Tensor
+
+from nrt_megatron.mcore.fp8 import BLOCK, rehearsed_layers
+from nrt_megatron.recipe import Megatron
+
+TE_LINEAR = ("TELinear", "TEColumnParallelLinear", "TERowParallelLinear", "TELayerNormColumnParallelLinear")
+"""Megatron's linear layers on Transformer Engine, by name: their module cannot be imported without it."""
+
+
+def has_te_fp8(cfg: Megatron) -> bool:
+    """Whether Transformer Engine's own FP8 runs, and not the rehearsal or none."""
+    return cfg.fp8 is not None and not cfg.fp8_emulation
+
+
+def describe(cfg: Megatron) -> str:
+    """`bf16, FP8 hybrid blockwise (emulated)`"""
+    fp8 = f", FP8 {cfg.fp8} {cfg.fp8_recipe}{' (emulated)' if cfg.fp8_emulation else ''}" if cfg.fp8 else ""
+    return f"{'bf16' if cfg.bf16 else 'fp32'}{fp8}"
+
+
+def transformer_fields(cfg: Megatron) -> dict[str, Any]:
+    """The FP8 fields of `TransformerConfig`.
+
+    For the rehearsal `fp8` itself stays unset: with it Megatron recomputes activations through Transformer Engine.
+    """
+    if cfg.fp8 is None:
+        return {}
+    edges = dict(
+        first_last_layers_bf16=cfg.first_last_layers_bf16,
+        num_layers_at_start_in_bf16=cfg.num_layers_at_start_in_bf16,
+        num_layers_at_end_in_bf16=cfg.num_layers_at_end_in_bf16,
+    )
+    return edges if cfg.fp8_emulation else edges | dict(fp8=cfg.fp8, fp8_recipe=cfg.fp8_recipe, fp8_param=cfg.fp8_param)
+
+
+def token_multiple(cfg: Megatron, packed: bool) -> int:
+    """What the number of columns of a batch must be a multiple of.
+
+    Under sequence parallelism each tensor rank has an equal part of them. Transformer Engine's FP8 products sum over
+    tokens in the weight gradient and want them aligned: 16, for mxfp8 32, and whole blocks of 128 where one packed row
+    is a batch, as NeMo-RL pads.
+    """
+    shared = cfg.tensor_model_parallel_size if cfg.sequence_parallel else 1
+    if not has_te_fp8(cfg):
+        return shared
+    return shared * (BLOCK if packed and cfg.fp8_recipe == "blockwise" else get_fp8_align_size(cfg.fp8_recipe))
+
+
+@contextlib.contextmanager
+def rollout_precision(chunks: list[torch.nn.Module], fp8: str) -> Iterator[None]:
+    """Linear layers as a rollout wants them: `fp8` is `same` as in training, or `none`. Weights must not change inside."""
+    with contextlib.ExitStack() as stack:
+        for chunk in chunks:
+            for layer in rehearsed_layers(chunk):
+                stack.callback(vars(layer).update, scaling=layer.scaling, kept=None)
+                layer.kept = []
+                layer.scaling = layer.scaling if fp8 == "same" else None
+            if chunk.config.fp8 is not None:
+                _prepare_te(chunk, fp8, stack)
+        yield
+
+
+def _prepare_te(chunk: torch.nn.Module, fp8: str, stack: contextlib.ExitStack) -> None:
+    if fp8 == "none":
+        stack.callback(setattr, chunk.config, "fp8", chunk.config.fp8)
+        chunk.config.fp8 = None
+        return
+    # Transformer Engine keeps FP8 copies of the weights from the last update's first micro-batch on; the schedules say
+    # when one begins, and a rollout has to say it itself.
+    chunk.set_is_first_microbatch()
+    multiple = get_fp8_align_size(chunk.config.fp8_recipe)
+    for module in chunk.modules():
+        if type(module).__name__ in TE_LINEAR:
+            for hook in pad_tokens(module, multiple):
+                stack.callback(hook.remove)
+
+
+def pad_tokens(module: torch.nn.Module, multiple: int) -> tuple[Any, Any]:
+    """Hooks that feed a linear layer its tokens [s, b, h] as [s * b filled up with zeros to `multiple`, 1, h], and give
+    [s, b, n] back.
+
+    Megatron's own `prepare_model_for_fp8_inference` pads s alone, which makes 16 tokens of each one that is drawn. Tokens
+    must be whole on the rank: not for sequence parallelism.
+    """
+    shapes: list[torch.Size] = []
+
+    def before(module: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        x: Tensor = args[0]
+        shapes.append(x.shape)
+        tokens = x.flatten(0, 1)
+        return torch.nn.functional.pad(tokens, (0, 0, 0, -len(tokens) % multiple))[:, None], *args[1:]
+
+    def after(module: torch.nn.Module, args: tuple[Any, ...], output: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
+        s, b, _ = shapes.pop()
+        return output[0][: s * b, 0].unflatten(0, (s, b)), output[1]
+
+    return module.register_forward_pre_hook(before), module.register_forward_hook(after)
