@@ -171,17 +171,21 @@ conclude() {
   local logs=$1 code=${srun_code:-0}
   [[ -z ${asking:-} ]] || kill "$asking" 2>/dev/null || true
   report_failures "$logs"
-  if grep -qs "^$USER_MISTAKE " "$logs"/rank-*.exit; then
+  if a_rank_ended_with "$USER_MISTAKE" "$logs"; then
     exit "$USER_MISTAKE"
+  elif [[ -n $stop_asked && -z ${srun_code:-} ]]; then # before ranks were started
+    requeue
+  elif a_rank_ended_with "$UNFINISHED" "$logs" && [[ -n $stop_asked || $code == 0 ]]; then
+    requeue # also when others failed: ranks that are starting leave at once, and their peers miss them
   elif ((code)); then
     say "failed: srun ended with exit code $code; logs in $logs"
     exit 1
-  elif [[ -n $stop_asked && -z ${srun_code:-} ]] || grep -qs "^$UNFINISHED " "$logs"/rank-*.exit; then
-    requeue
   fi
   say "complete"
   exit 0
 }
+
+a_rank_ended_with() { grep -qs "^$1 " "$2"/rank-*.exit; }
 
 # One line for each rank that failed, and the end of the first one's log. A rank's end is "CODE NODE" in its
 # .exit file, without which torchrun or srun knows more.

@@ -269,6 +269,14 @@ def test_a_signal_reaches_ranks_through_scancel_and_requeues(job: Allocation):
     assert job.called("scancel") == ["scancel --signal=USR1 42"]
 
 
+def test_a_rank_that_missed_one_that_left_does_not_prevent_the_requeue(job: Allocation):
+    script = 'cd "${@: -1}"; kill -USR1 $PPID; until grep -q ^scancel "$CALLS"; do sleep 0.05; done; '
+    job.stub("bin/srun", script + "echo 75 n1 > rank-0000.exit; echo 1 n2 > rank-0001.exit; exit 1")
+    done = job.run()
+    assert done.returncode == 75 and job.called("scontrol requeue 42")
+    assert "nrt: rank-0001 on n2 ended with exit code 1\n" in done.stdout
+
+
 def test_a_signal_before_the_ranks_start_requeues_without_starting_them(job: Allocation):
     to_the_script = "kill -USR1 $(ps -o ppid= $PPID)"  # above the $(...) that catches the output
     job.stub(

@@ -11,8 +11,9 @@ import pytest
 from tests.slurm.cluster import Job, PrivateSlurm
 from tests.slurm.conftest import ROOT
 
-pytestmark = [pytest.mark.slurm, pytest.mark.slow]
-STEPS = 6
+pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(600)]
+STEPS = 18
+"""Enough that a run can be stopped twice, each time well before the next moment."""
 MEASURED = ("time/", "tokens_per_second/", "memory/", "mfu")
 
 
@@ -29,7 +30,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         f"data.train={made}/train.jsonl",
         f"data.validation={made}/validation.jsonl",
         "evaluation.num_questions=16",
-        "checkpointing.every=2",
+        "checkpointing.every=4",
         f"nrt.max_num_steps={STEPS}",
     ]
 
@@ -74,16 +75,21 @@ def test_two_nodes_train_to_the_end(undisturbed: tuple[Job, Path]):
     assert not list(logs.glob("*.exit"))
 
 
-def test_requeued_in_the_middle_it_ends_the_same(
+def test_stopped_and_requeued_in_the_middle_it_ends_the_same(
     slurm: PrivateSlurm, undisturbed: tuple[Job, Path], inputs: list[str], tmp_path: Path
 ):
     run_dir = tmp_path / "run"
     job_id = submit(slurm, run_dir, *inputs)
-    slurm.wait_until(job_id, lambda job: len(rows(run_dir)) == 4)  # steps 0 to 3; a checkpoint after step 2
+    slurm.wait_until(job_id, lambda job: len(rows(run_dir)) >= 4)
+    slurm.run("scancel", "--batch", "--signal=USR1", job_id)  # what --signal sends before the time limit
+    slurm.wait_until(
+        job_id, lambda job: job.restarts == 1 and job.state == "RUNNING" and len(rows(run_dir)) >= 10
+    )
     slurm.run("scontrol", "requeue", job_id)
     job = slurm.wait(job_id)
-    assert (job.state, job.exit_code, job.restarts) == ("COMPLETED", "0:0", 1), job.log()
-    assert "step_00000002" in job.log(), "it began again instead of continuing"
+    assert (job.state, job.exit_code, job.restarts) == ("COMPLETED", "0:0", 2), job.log()
+    assert "SIGUSR1" in job.log() and "nrt: unfinished; requeued" in job.log()
+    assert job.log().count("continuing from") == 2, "it began again"
     assert learned(run_dir) == learned(undisturbed[1])
 
 
