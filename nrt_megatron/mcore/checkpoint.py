@@ -158,8 +158,16 @@ def find(directory: Path, say: Callable[[str], None]) -> Optional[Path]:
     return None
 
 
+def _zero_weights(policy: MegatronPolicy) -> None:
+    """Before loading: rows that pad the vocabulary further than the stored one's would keep what memory held."""
+    for chunk in policy.chunks:
+        for parameter in chunk.parameters():
+            parameter.data.zero_()
+
+
 def load_weights(checkpoint: Path, policy: MegatronPolicy) -> None:
     """Fills the weights alone, from a checkpoint of any layout and either layer spec."""
+    _zero_weights(policy)
     strict = StrictHandling.LOG_UNEXPECTED
     _fill_weights(policy, dist_checkpointing.load(model_state(policy), str(checkpoint / "dist"), strict=strict))
 
@@ -172,6 +180,7 @@ def _fill_weights(policy: MegatronPolicy, loaded: dict[str, Any]) -> None:
 def load(checkpoint: Path, policy: MegatronPolicy) -> CheckpointMeta:
     """Fills weights, optimizer, schedule and, at an unchanged world size, random states."""
     meta = CheckpointMeta.read(checkpoint)
+    _zero_weights(policy)
     model = model_state(policy)
     state = {**model, "optimizer": optimizer_state(policy.optimizer, model, loading=True)}
     if meta.world_size == dist.get_world_size():

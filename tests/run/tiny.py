@@ -25,7 +25,7 @@ TP, PP, VPP, DISTOPT, SP = (
 )
 MODEL = {
     "model_type": "llama",
-    "vocab_size": 32,
+    "vocab_size": 30,
     "hidden_size": 32,
     "intermediate_size": 64,
     "num_hidden_layers": 4,
@@ -62,7 +62,7 @@ def write_inputs(directory: Path) -> dict[str, Any]:
             "train_global_batch_size": 4,
             "train_micro_batch_size": 1,
             "max_total_sequence_length": 32,
-            "megatron_cfg": {"make_vocab_size_divisible_by": 8},
+            "megatron_cfg": {"make_vocab_size_divisible_by": 6},
             "generation": {"max_new_tokens": 6},
             "optimizer": {"lr": 1e-2, "adam_eps": 1e-5},
             "scheduler": {"lr_decay_style": "linear", "lr_warmup_fraction": 0.2},

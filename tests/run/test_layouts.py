@@ -1,0 +1,129 @@
+"""A checkpoint saved at any layout loads at every other, and training goes on from it as if nothing had changed."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from nrt_megatron.checkpoints import step_dir
+from nrt_megatron.mcore import checkpoint, runtime
+from nrt_megatron.mcore.policy import MegatronPolicy
+from nrt_megatron.preflight import load_inputs
+from nrt_megatron.recipe import Checkpointing, Recipe
+from tests.distributed import run_ranks
+from tests.run import tiny
+from tests.run.tiny import DISTOPT, PP, SP, TP, VPP
+
+LAYOUTS = {
+    "one": (1, {}),
+    "tp2": (2, {TP: 2}),
+    "tp4": (4, {TP: 4}),
+    "pp2": (2, {PP: 2}),
+    "pp2-vpp2": (2, {PP: 2, VPP: 2}),
+    "dp2-distopt": (2, {DISTOPT: True}),
+    "tp2-sp-pp2": (4, {TP: 2, PP: 2, SP: True}),
+    "tp2-dp2": (4, {TP: 2}),
+    "pp2-vpp2-dp2-distopt": (4, {PP: 2, VPP: 2, DISTOPT: True}),
+}
+UNTIED = {**tiny.MODEL, "tie_word_embeddings": False}
+"""The vocabulary of 30 has 30, 36 or 48 rows at TP 1, 2 and 4."""
+
+
+BF16 = ("one", "tp2", "dp2-distopt", "pp2-vpp2-dp2-distopt")
+"""Where weights are bf16, the three optimizers keep fp32 copies in three ways."""
+
+
+@pytest.fixture(scope="module")
+def precision(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory, precision):
+    """(inputs, uninterrupted run on one rank, its checkpoint of step 3)"""
+    directory = tmp_path_factory.mktemp(precision)
+    inputs = tiny.write_inputs(directory)
+    inputs["policy"]["model"] = {"config": UNTIED}
+    inputs["policy"]["megatron_cfg"]["bf16"] = precision == "bf16"
+    tiny.train_ranks(tiny.recipe(inputs), 1)
+    return inputs, directory / "run", directory / "run/checkpoints/step_00000003"
+
+
+def reload(settings: Recipe, sources: Mapping[str, Path], target: Path) -> None:
+    """Loads each source at this layout, over weights that are not numbers, and saves it again in `target/name`."""
+    place = runtime.initialize(settings)
+    inputs = load_inputs(settings)
+    policy = MegatronPolicy(place, settings.policy, inputs.shape, num_updates=100)
+    policy.prepare_for_training()
+    for name, source in sources.items():
+        for chunk in policy.chunks:
+            for parameter in chunk.parameters():
+                parameter.data.fill_(float("nan"))
+        meta = checkpoint.load(source, policy)
+        for chunk in policy.chunks:
+            assert all(parameter.isfinite().all() for parameter in chunk.parameters())
+        checkpoint.save(
+            target / name,
+            policy,
+            replace(meta, world_size=place.world_size),
+            recipe_yaml="",
+            save_tokenizer=inputs.tokenizer.save,
+            cfg=Checkpointing(),
+        )
+
+
+@pytest.fixture(scope="module")
+def saved(original, precision, tmp_path_factory):
+    """name -> the original checkpoint, saved at that layout."""
+    inputs, _, source = original
+    target = tmp_path_factory.mktemp("saved")
+    names = BF16 if precision == "bf16" else tuple(LAYOUTS)
+    for name in names:
+        ranks, layout = LAYOUTS[name]
+        run_ranks(ranks, reload, tiny.recipe(inputs, ranks=ranks, **layout), {name: source}, target)
+    return {name: step_dir(target / name, 3) for name in names}
+
+
+@pytest.mark.parametrize(
+    ("precision", "name"),
+    [*(("fp32", name) for name in LAYOUTS), *(("bf16", name) for name in BF16)],
+    indirect=["precision"],
+)
+def test_every_checkpoint_loads(original, saved, name, tmp_path):
+    """Weights, moments and fp32 copies are the same, bit for bit, after a way over any two layouts."""
+    inputs, _, source = original
+    ranks, layout = LAYOUTS[name]
+    run_ranks(ranks, reload, tiny.recipe(inputs, ranks=ranks, **layout), saved, tmp_path)
+    reference = tiny.tensors(source)
+    for other in saved:
+        found = tiny.tensors(step_dir(tmp_path / other, 3))
+        assert found.keys() == reference.keys(), other
+        for key, tensor in reference.items():
+            whole = found[key]
+            if "embeddings" in key or "output_layer" in key:
+                assert not whole[30:].any(), f"{other}: {key} has values in the padding"
+                whole, tensor = whole[:30], tensor[:30]
+            assert torch.equal(whole, tensor), f"{other}: {key}"
+
+
+@pytest.mark.parametrize(("precision", "name"), [("fp32", name) for name in list(LAYOUTS)[1:]], indirect=["precision"])
+def test_training_goes_on_at_another_layout(original, saved, name, tmp_path):
+    """Loss and gradient norm of the steps after the change are those of the run that was not interrupted."""
+    inputs, run, _ = original
+    ranks, layout = LAYOUTS[name]
+    settings = tiny.recipe(inputs, f"run_dir={tmp_path}/run", ranks=ranks, **layout)
+    other = {"pp2-vpp2-dp2-distopt": "tp4"}.get(name, "pp2-vpp2-dp2-distopt")
+    shutil.copytree(saved[other], tmp_path / "run/checkpoints/step_00000003")
+    tiny.train_ranks(settings, ranks)
+    expected, found = (
+        {row["step"]: row for row in tiny.rows(directory) if row["step"] > 3} for directory in (run, tmp_path / "run")
+    )
+    assert found.keys() == expected.keys() == {4, 5, 6}
+    for step, row in found.items():
+        for key in ("loss", "grad_norm", "lr", "reward/trace_mean", "trace/length_mean", "answer/nll"):
+            assert row[key] == pytest.approx(expected[step][key], rel=1e-5, abs=1e-6), (step, key)
