@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from nrt_megatron.plan.estimate import Request, estimate
-from nrt_megatron.recipe import ConfigError, Recipe, check, check_model_shape, check_training, num_traces_per_prompt
+from nrt_megatron.recipe import (
+    ConfigError,
+    Recipe,
+    check,
+    check_model_shape,
+    check_training,
+    num_traces_per_prompt,
+)
 
 _CFG = "policy.megatron_cfg."
 _BATCH = "policy.generation.max_batch_size"
@@ -98,4 +105,6 @@ def _replace(section: Any, path: list[str], value: Any) -> Any:
 
 
 def _text(change: Change) -> str:
-    return " ".join(f"{key}={'null' if value is None else str(value).lower()}" for key, value in change.items())
+    return " ".join(
+        f"{key}={'null' if value is None else str(value).lower()}" for key, value in change.items()
+    )

@@ -77,7 +77,7 @@ def _count_stage(shape: ModelShape, cfg: Megatron, stage: int) -> int:
 def _main() -> None:
     request = json.load(sys.stdin)
     # Local layers hold what Transformer Engine's hold, and build without it; context-parallel ranks are copies.
-    plain = {"transformer_impl": "local", "fp8": None, "fp8_param": False, "context_parallel_size": 1}
+    plain = {"transformer_impl": "local", "fp8": None, "context_parallel_size": 1}
     cfg = Megatron(**request["megatron"] | plain)
     print(json.dumps(_count(ModelShape.from_hf(request["shape"]), cfg)))
 

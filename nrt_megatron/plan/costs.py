@@ -86,11 +86,15 @@ class Costs:
 
         before = work.cached + work.trunk
         branch = (work.tokens - work.trunk) / work.branches
-        return causal(before) - causal(work.cached) + work.branches * (causal(before + branch) - causal(before))
+        return (
+            causal(before) - causal(work.cached) + work.branches * (causal(before + branch) - causal(before))
+        )
 
     def attention_flops(self, work: Pass) -> float:
         """Forward, one layer, all its ranks: two products over the attended pairs."""
-        return 4 * self.attended(work) * self.shape.num_attention_heads * self.shape.kv_channels * work.sequences
+        return (
+            4 * self.attended(work) * self.shape.num_attention_heads * self.shape.kv_channels * work.sequences
+        )
 
     def model_flops(self, work: Pass) -> float:
         """Forward through the whole model on all its ranks.
@@ -102,13 +106,15 @@ class Costs:
         head = 2 * self.shape.vocab_size * self.shape.hidden_size * work.num_scored
         return self.shape.num_layers * layers + head
 
-    def layer(self, work: Pass, *, fp8: bool = False, backward: bool = False, inference: bool = False) -> Seconds:
+    def layer(
+        self, work: Pass, *, fp8: bool = False, backward: bool = False, inference: bool = False
+    ) -> Seconds:
         """One layer in one direction. `inference`: sequence parallelism off, weights read for few tokens."""
         tokens = work.sequences * work.tokens / self.layout.cp
         matrix = layer_matrix(self.shape) / self.layout.tp
         matmul = 2 * matrix * tokens * (2 if backward else 1) / self._matmul_rate(fp8)
         if inference:
-            matmul = max(matmul, matrix * self.element / self._memory_rate)
+            matmul = max(matmul, matrix * (1 if fp8 else self.element) / self._memory_rate)
         attention = self._attention(work, backward)
         parts = Seconds(
             matmul=matmul,
@@ -130,7 +136,7 @@ class Costs:
         products, bytes_each = (2, 12) if backward else (1, 6)
         extra = 0.0
         if chunked:
-            products, bytes_each = (3, 98) if backward else (1, 56)
+            products, bytes_each = (3, 94) if backward else (1, 56)
             chunks = tokens / self.cfg.logprob_chunk_size
             extra = 12 * matrix * chunks if backward else 0.0  # each chunk adds to the fp32 weight gradient
         return Seconds(
@@ -183,9 +189,17 @@ class Costs:
         FP8: the inputs of four linear maps are quantised, and backward the gradients of their outputs.
         """
         shape, tp = self.shape, self.layout.tp
-        hidden, ffn, heads = shape.hidden_size, shape.ffn_hidden_size, shape.num_attention_heads * shape.kv_channels
+        hidden, ffn, heads = (
+            shape.hidden_size,
+            shape.ffn_hidden_size,
+            shape.num_attention_heads * shape.kv_channels,
+        )
         split = 1 if inference else self.layout.norm_split
-        accesses = (12 if backward else 10) * hidden / split + 2 * self.query_key / tp + (5 if backward else 3) * ffn / tp
+        accesses = (
+            (12 if backward else 10) * hidden / split
+            + 2 * self.query_key / tp
+            + (5 if backward else 3) * ffn / tp
+        )
         total = accesses * self.element * tokens
         if backward:
             total += 8 * layer_matrix(shape) / tp

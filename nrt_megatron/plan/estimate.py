@@ -14,7 +14,7 @@ from nrt_megatron.plan.parameters import stage_parameters
 from nrt_megatron.plan.result import Phase, Plan, StagePlan
 from nrt_megatron.plan.rollout import MARKER, Lengths, RolloutBatch, rollout_work
 from nrt_megatron.plan.traffic import update_traffic
-from nrt_megatron.plan.training import update_time
+from nrt_megatron.plan.training import forward_time, update_time
 from nrt_megatron.recipe import Recipe, num_traces_per_prompt, num_updates_per_step
 
 
@@ -46,7 +46,9 @@ def estimate(request: Request) -> Plan:
     tokens = every * micro_batch.sequences * micro_batch.tokens
     flops = every * 3 * costs.model_flops(micro_batch)
     update = Phase.of(num_updates * one.seconds, tokens, flops, layout.gpus)
-    rollout, scoring = _rollout(request, costs) if request.samples else (Phase(), Phase())
+    rollout, scoring = Phase(), Phase()
+    if request.samples:
+        rollout, scoring = _rollout(request, costs, micro_batch, num_updates * num_micro_batches)
     stages = _stages(request, costs, num_micro_batches)
     usable = request.hardware.memory_gib - efficiency.RESERVED_GIB
     seconds = rollout.seconds + scoring.seconds + update.seconds
@@ -55,7 +57,13 @@ def estimate(request: Request) -> Plan:
         hardware=request.hardware.name,
         memory_gib=usable,
         gpus=layout.gpus,
-        layout={"tensor": layout.tp, "context": layout.cp, "data": layout.dp, "pipeline": layout.pp, "chunks": layout.chunks},
+        layout={
+            "tensor": layout.tp,
+            "context": layout.cp,
+            "data": layout.dp,
+            "pipeline": layout.pp,
+            "chunks": layout.chunks,
+        },
         training_only=request.lengths is None,
         tokens_per_sequence=_tokens(request),
         stages=stages,
@@ -66,7 +74,9 @@ def estimate(request: Request) -> Plan:
         num_updates=num_updates,
         update_seconds=one.by_cause,
         pipeline_bubble=one.bubble_share,
-        traffic_gib={kind: sent / GIB for kind, sent in update_traffic(costs, micro_batch, num_micro_batches).items()},
+        traffic_gib={
+            kind: sent / GIB for kind, sent in update_traffic(costs, micro_batch, num_micro_batches).items()
+        },
         step_seconds=seconds,
         num_steps=recipe.nrt.max_num_steps,
         run_gpu_hours=seconds * recipe.nrt.max_num_steps * layout.gpus / 3600,
@@ -93,17 +103,24 @@ def _micro_batch(request: Request) -> Pass:
     return Pass(trees, tokens, branches=branches, trunk=lengths.prompt, scored=branches * scored)
 
 
-def _rollout(request: Request, costs: Costs) -> tuple[Phase, Phase]:
+def _rollout(
+    request: Request, costs: Costs, micro_batch: Pass, num_micro_batches: int
+) -> tuple[Phase, Phase]:
+    """Sampling; and scoring, with the trainer's own log-probs of all sequences where the recipe weighs by them."""
     assert request.lengths is not None
     prompts = request.recipe.nrt.num_prompts_per_step
     of_rank = prompts // costs.layout.dp
     batch = RolloutBatch.of(request.recipe, of_rank, request.lengths)
-    work = rollout_work(costs, batch, of_rank / batch.prompts)
+    work = rollout_work(costs, batch, of_rank)
     sampled = prompts * batch.traces * request.lengths.trace
     scored = prompts * (batch.traces + 1) * (MARKER + request.lengths.answer)
+    seconds, flops = work.scoring_seconds, work.scoring_flops
+    if request.recipe.nrt.rollout_importance_sampling:
+        seconds += forward_time(costs, micro_batch, num_micro_batches)
+        flops += num_micro_batches * costs.layout.dp * costs.model_flops(micro_batch)
     return (
         Phase.of(work.sampling_seconds, sampled, work.sampling_flops, costs.layout.gpus),
-        Phase.of(work.scoring_seconds, scored, work.scoring_flops, costs.layout.gpus),
+        Phase.of(seconds, scored, flops, costs.layout.gpus),
     )
 
 

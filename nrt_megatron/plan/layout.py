@@ -114,7 +114,8 @@ def _stages(recipe: Recipe, shape: ModelShape) -> tuple[Stage, ...]:
             layers[position // size % pp].append(layer)
     fp8 = _fp8_layers(recipe, shape)
     return tuple(
-        Stage(i, len(mine), len(fp8.intersection(mine)), first=i == 0, last=i == pp - 1) for i, mine in enumerate(layers)
+        Stage(i, len(mine), len(fp8.intersection(mine)), first=i == 0, last=i == pp - 1)
+        for i, mine in enumerate(layers)
     )
 
 

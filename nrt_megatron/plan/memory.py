@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from nrt_megatron.plan.costs import Costs, Pass
 from nrt_megatron.plan.layout import Stage
-from nrt_megatron.plan.parameters import layer_matrix, num_vocab_matrices, stage_parameters, vocab_matrix
+from nrt_megatron.plan.parameters import layer_matrix, stage_parameters, vocab_matrix
 from nrt_megatron.plan.rollout import RolloutBatch
 from nrt_megatron.plan.training import recomputed_layers
 
@@ -113,7 +113,9 @@ def _activations(costs: Costs, stage: Stage, work: Pass, num_micro_batches: int)
         layer_now = layer * min(unit, again)
     else:
         layer_now = 0.0
-    last = (4 if stage.last else 0) * costs.element * costs.shape.hidden_size  # final norm, gathered and chosen
+    last = (
+        (4 if stage.last else 0) * costs.element * costs.shape.hidden_size
+    )  # final norm, gathered and chosen
     return tokens * (kept * passes + layer_now + last)
 
 
@@ -125,7 +127,6 @@ def _update_workspace(costs: Costs, stage: Stage, work: Pass) -> float:
     if not stage.last:
         return layer
     matrix = vocab_matrix(shape, cfg) / layout.tp
-    # Six fp32 tensors of logits' shape in the backward pass, the fp32 weight gradient and its bf16 summand.
-    chunk = 24 * min(cfg.logprob_chunk_size, tokens) * matrix / shape.hidden_size
-    assert num_vocab_matrices(shape, stage)
+    # Two fp32 tensors of logits' shape in the backward pass, the fp32 weight gradient and its bf16 summand.
+    chunk = 8 * min(cfg.logprob_chunk_size, tokens) * matrix / shape.hidden_size
     return max(layer, chunk + matrix * (4 + costs.element) + tokens * costs.element * shape.hidden_size)

@@ -6,6 +6,7 @@ one token a step; marker and answer are then fed to what the cache holds.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from nrt_megatron.plan.costs import Costs, Pass
@@ -41,7 +42,11 @@ class Lengths:
     def typical(cls, recipe: Recipe, prompt: float, trace: float | None, answer: float) -> Lengths:
         """Averages within the limits; `trace` None: every trace runs to its limit."""
         most = cls.limits(recipe)
-        wanted = cls(min(prompt, most.prompt), most.trace if trace is None else min(trace, most.trace), min(answer, most.answer))
+        wanted = cls(
+            min(prompt, most.prompt),
+            most.trace if trace is None else min(trace, most.trace),
+            min(answer, most.answer),
+        )
         over = wanted.total / recipe.policy.max_total_sequence_length
         if over <= 1:
             return wanted
@@ -58,12 +63,20 @@ class RolloutBatch:
     traces: int
     """Of each prompt."""
     lengths: Lengths
+    in_flight: int = 1
+    """Such batches that take turns on the pipeline's stages, each with a cache."""
+    fp8: bool = False
+    """Layers that train in FP8 sample in it as well."""
 
     @classmethod
     def of(cls, recipe: Recipe, prompts_of_rank: int, lengths: Lengths) -> RolloutBatch:
         traces = num_traces_per_prompt(recipe)
-        groups = max(1, recipe.policy.generation.max_batch_size // traces)
-        return cls(min(groups, prompts_of_rank), traces, lengths)
+        prompts = min(max(1, recipe.policy.generation.max_batch_size // traces), prompts_of_rank)
+        stages, batches = (
+            recipe.policy.megatron_cfg.pipeline_model_parallel_size,
+            -(-prompts_of_rank // prompts),
+        )
+        return cls(prompts, traces, lengths, min(stages, batches), recipe.policy.generation.fp8 == "same")
 
     @property
     def rows(self) -> int:
@@ -75,10 +88,10 @@ class RolloutBatch:
         return self.lengths.total + 1
 
     def cache_bytes(self, costs: Costs, stage: Stage) -> float:
-        """Keys and values of the stage's layers for every row and column."""
+        """Keys and values of the stage's layers for every row and column of the batches in flight."""
         shape = costs.shape
         width = 2 * shape.num_query_groups * shape.kv_channels / costs.layout.tp
-        return stage.layers * width * costs.element * self.rows * self.columns
+        return self.in_flight * stage.layers * width * costs.element * self.rows * self.columns
 
     def workspace_bytes(self, costs: Costs, stage: Stage) -> float:
         """The larger of the prompts' forward pass, that of marker and answer on all rows, and drawing a token.
@@ -91,9 +104,14 @@ class RolloutBatch:
         mask = 1 + element
         prefill = self.prompts * lengths.prompt * (token + mask * lengths.prompt)
         scoring = self.rows * (MARKER + lengths.answer) * (token + mask * self.columns)
-        chunk = 14 * costs.cfg.logprob_chunk_size * vocab_matrix(shape, costs.cfg) / shape.hidden_size / costs.layout.tp
+        logits = (
+            vocab_matrix(shape, costs.cfg)
+            / shape.hidden_size
+            / costs.layout.tp
+            * costs.cfg.logprob_chunk_size
+        )
         drawing = (element + 28) * self.rows * shape.vocab_size
-        return max(prefill, scoring + stage.last * chunk, stage.last * drawing)
+        return max(prefill, scoring + stage.last * 8 * logits, stage.last * drawing)
 
 
 @dataclass(frozen=True)
@@ -106,8 +124,8 @@ class RolloutWork:
     scoring_flops: float
 
 
-def rollout_work(costs: Costs, batch: RolloutBatch, num_batches: float) -> RolloutWork:
-    """`batch` holds average lengths: decoding ends when its traces do. `num_batches` a data-parallel rank."""
+def rollout_work(costs: Costs, batch: RolloutBatch, prompts_of_rank: int) -> RolloutWork:
+    """`batch` holds average lengths: decoding ends when its traces do. A last batch that is smaller takes as long."""
     lengths, tail = batch.lengths, MARKER + batch.lengths.answer
     prefill = Pass(batch.prompts, lengths.prompt, scored=1)
     step = Pass(batch.rows, 1, cached=lengths.prompt + lengths.trace / 2)
@@ -115,24 +133,37 @@ def rollout_work(costs: Costs, batch: RolloutBatch, num_batches: float) -> Rollo
         Pass(batch.rows, tail, cached=lengths.prompt + lengths.trace),
         Pass(batch.prompts, tail, cached=lengths.prompt),
     ]
-    decode = _through_stages(costs, step) + _drawing(costs, batch)
-    everywhere = num_batches * costs.layout.dp
+    sampling = _turn(costs, batch, prefill) + lengths.trace * _turn(costs, batch, step, draws=True)
+    batches = math.ceil(prompts_of_rank / batch.prompts)
+    waves, everywhere = (
+        math.ceil(batches / batch.in_flight),
+        prompts_of_rank / batch.prompts * costs.layout.dp,
+    )
     return RolloutWork(
-        sampling_seconds=num_batches * (_through_stages(costs, prefill) + lengths.trace * decode),
+        sampling_seconds=waves * sampling,
         sampling_flops=everywhere * (costs.model_flops(prefill) + lengths.trace * costs.model_flops(step)),
-        scoring_seconds=num_batches * sum(_through_stages(costs, work) for work in scoring),
+        scoring_seconds=waves * sum(_turn(costs, batch, work) for work in scoring),
         scoring_flops=everywhere * sum(costs.model_flops(work) for work in scoring),
     )
 
 
-def _through_stages(costs: Costs, work: Pass) -> float:
-    """One forward pass through all stages, one after the other, without gradients."""
+def _turn(costs: Costs, batch: RolloutBatch, work: Pass, draws: bool = False) -> float:
+    """One forward pass of each batch in flight.
+
+    A batch needs every stage in turn, and a stage serves every batch in turn: whichever takes longer. Drawing (softmax,
+    entropy and the cumulative distribution over the gathered logits, `mcore/sampling.py`) is work of the last stage.
+    """
     layout = costs.layout
-    layers = costs.layer(work, inference=True) * costs.shape.num_layers
-    transfer = costs.stage_transfer_bytes(work.sequences * work.tokens, inference=True) / layout.pipeline_bandwidth
-    return layers.total + costs.output_layer(work.num_scored).total + (layout.pp - 1) * transfer
-
-
-def _drawing(costs: Costs, batch: RolloutBatch) -> float:
-    """Softmax, entropy and inversion of the cumulative distribution over the gathered logits (`mcore/sampling.py`)."""
-    return costs.memory_seconds(80 * batch.rows * costs.shape.vocab_size)
+    transfer = (
+        costs.stage_transfer_bytes(work.sequences * work.tokens, inference=True) / layout.pipeline_bandwidth
+    )
+    stages = []
+    for stage in layout.stages:
+        fp8 = stage.fp8_layers if batch.fp8 else 0
+        layers = costs.layer(work, inference=True) * (stage.layers - fp8)
+        layers += costs.layer(work, inference=True, fp8=True) * fp8
+        stages.append(layers.total + (0 if stage.last else transfer))
+    stages[-1] += costs.output_layer(work.num_scored).total
+    if draws:
+        stages[-1] += costs.memory_seconds(80 * batch.rows * costs.shape.vocab_size)
+    return max(sum(stages), batch.in_flight * max(stages))

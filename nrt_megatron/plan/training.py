@@ -43,7 +43,9 @@ def update_time(costs: Costs, micro_batch: Pass, num_micro_batches: int, *, chun
     """
     layout, chunks = costs.layout, costs.layout.chunks
     forward = [stage_pass(costs, stage, micro_batch, chunked=chunked_loss) for stage in layout.stages]
-    backward = [stage_pass(costs, stage, micro_batch, chunked=chunked_loss, backward=True) for stage in layout.stages]
+    backward = [
+        stage_pass(costs, stage, micro_batch, chunked=chunked_loss, backward=True) for stage in layout.stages
+    ]
     times = [f + b for f, b in zip(forward, backward)]
     slowest = max(times, key=lambda time: time.total)
     exchange = 0.0
@@ -63,10 +65,19 @@ def update_time(costs: Costs, micro_batch: Pass, num_micro_batches: int, *, chun
     )
 
 
+def forward_time(costs: Costs, micro_batch: Pass, num_micro_batches: int) -> float:
+    """Seconds of forward passes alone through the pipeline: log-probs of sequences without gradients."""
+    times = [stage_pass(costs, stage, micro_batch, chunked=True).total for stage in costs.layout.stages]
+    return num_micro_batches * max(times) + (sum(times) - max(times)) / costs.layout.chunks
+
+
 def stage_pass(costs: Costs, stage: Stage, work: Pass, *, chunked: bool, backward: bool = False) -> Seconds:
     """One micro-batch through a stage in one direction; recomputed layers run forward again first."""
     plain = stage.layers - stage.fp8_layers
-    time = costs.layer(work, backward=backward) * plain + costs.layer(work, fp8=True, backward=backward) * stage.fp8_layers
+    time = (
+        costs.layer(work, backward=backward) * plain
+        + costs.layer(work, fp8=True, backward=backward) * stage.fp8_layers
+    )
     if backward:
         time += _recomputation(costs, stage, work)
     if stage.last:

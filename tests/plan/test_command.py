@@ -47,13 +47,23 @@ def test_text_of_the_largest_recipe_within_ten_seconds_of_work():
     now = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     spent = sum(b.ru_utime + b.ru_stime - a.ru_utime - a.ru_stime for a, b in zip(used, now))
     assert spent < 10
-    for part in ("128 x H100", "TP 8 x DP 4 x PP 4", "2,271,543,296", "fits:", "update x 4", "GPU-hours", "bubble"):
+    for part in (
+        "128 x H100",
+        "TP 8 x DP 4 x PP 4",
+        "2,271,543,296",
+        "fits:",
+        "update x 4",
+        "GPU-hours",
+        "bubble",
+    ):
         assert part in text
     assert max(map(len, text.splitlines())) < 250 and "…" not in text
 
 
 def test_overrides_and_hardware_reach_the_plan():
-    said = json.loads(run(LARGE[-1], "--json", "--hardware", "b200", "nrt.max_num_steps=1", "--trace-tokens", "100"))
+    said = json.loads(
+        run(LARGE[-1], "--json", "--hardware", "b200", "nrt.max_num_steps=1", "--trace-tokens", "100")
+    )
     assert said["hardware"].startswith("B200") and said["tokens_per_sequence"]["trace"] == 100
     assert said["run_gpu_hours"] == pytest.approx(said["step_seconds"] * 8 / 3600)
 

@@ -37,19 +37,28 @@ def costs(settings: Recipe) -> Costs:
 def test_what_stays_on_a_rank():
     """Parameters take 2 + 4 bytes each, and 12 shared by the ranks that hold the same ones."""
     plain = plan(recipe(), load_hardware("h100"), True, build=False).stages[1]
-    bytes_each = [gib * GIB / plain.parameters for gib in (plain.weights_gib, plain.gradients_gib, plain.optimizer_gib)]
+    bytes_each = [
+        gib * GIB / plain.parameters for gib in (plain.weights_gib, plain.gradients_gib, plain.optimizer_gib)
+    ]
     assert bytes_each == pytest.approx([2, 4, 12])
     shared = plan(recipe(use_distributed_optimizer=True), load_hardware("h100"), True, build=False).stages[1]
     assert shared.optimizer_gib == pytest.approx(plain.optimizer_gib / 4)
-    parts = (plain.weights_gib, plain.gradients_gib, plain.optimizer_gib, plain.activations_gib, plain.workspace_gib)
+    parts = (
+        plain.weights_gib,
+        plain.gradients_gib,
+        plain.optimizer_gib,
+        plain.activations_gib,
+        plain.workspace_gib,
+    )
     assert plain.total_gib == pytest.approx(sum(parts)) and plain.kv_cache_gib == 0
 
 
 def test_fp8_copies_of_weights():
     """Two bytes a parameter of the linear layers, or these instead of the bf16 ones; 18 of 20 layers of the ends."""
-    bf16 = plan(recipe(), load_hardware("h100"), True, build=False).stages[1]
+    shared = {"use_distributed_optimizer": True}
+    bf16 = plan(recipe(**shared), load_hardware("h100"), True, build=False).stages[1]
     matrices = 20 * 855_638_016 / 8
-    fp8 = {"fp8": "hybrid", "fp8_recipe": "tensorwise"}
+    fp8 = {"fp8": "hybrid", "fp8_recipe": "tensorwise", **shared}
     both = plan(recipe(**fp8), load_hardware("h100"), True, build=False).stages[1]
     alone = plan(recipe(**fp8, fp8_param=True), load_hardware("h100"), True, build=False).stages[1]
     assert (both.weights_gib - bf16.weights_gib) * GIB == pytest.approx(2 * matrices)
@@ -92,18 +101,24 @@ def test_recomputation_keeps_inputs_alone():
 def test_kv_cache_of_the_largest_batch():
     """One key-value head of 128 a rank, key and value in bf16, 20 layers: 10,240 bytes a row and column."""
     generation = Generation(max_new_tokens=2048, max_batch_size=70)
-    settings = recipe(generation=generation, data=Data(train="unused", max_prompt_tokens=1000, max_answer_tokens=500))
+    settings = recipe(
+        generation=generation, data=Data(train="unused", max_prompt_tokens=1000, max_answer_tokens=500)
+    )
     batch = RolloutBatch.of(settings, 64, Lengths.limits(settings))
     assert (batch.prompts, batch.rows, batch.columns) == (8, 64, 1000 + 2048 + 1 + 500 + 1)
     at = costs(settings)
-    assert batch.cache_bytes(at, at.layout.stages[0]) == 10_240 * 64 * 3550
+    # Eight batches take turns on four stages: four caches.
+    assert batch.cache_bytes(at, at.layout.stages[0]) == 4 * 10_240 * 64 * 3550
+    assert RolloutBatch.of(settings, 16, Lengths.limits(settings)).in_flight == 2
     unlimited = replace(settings, data=Data(train="unused"))
     assert Lengths.limits(unlimited) == Lengths(8192 - 2049 - 2, 2048, 8192 - 2049 - 1)
 
 
 def test_peak_is_of_the_larger_phase():
     settings = recipe(generation=Generation(max_batch_size=512), use_distributed_optimizer=True)
-    settings = replace(settings, policy=replace(settings.policy, tokenizer=replace(settings.policy.tokenizer, path="t")))
+    settings = replace(
+        settings, policy=replace(settings.policy, tokenizer=replace(settings.policy.tokenizer, path="t"))
+    )
     stage = plan(settings, load_hardware("h100"), build=False).stages[1]
     stays = stage.weights_gib + stage.gradients_gib + stage.optimizer_gib
     assert stage.total_gib == pytest.approx(stays + stage.kv_cache_gib + stage.workspace_gib)

@@ -39,7 +39,12 @@ TIED = LLAMA_70B | {
     "head_dim": 128,
     "tie_word_embeddings": True,
 }
-MISTRAL = TIED | {"model_type": "mistral", "sliding_window": 4096, "tie_word_embeddings": False, "vocab_size": 32000}
+MISTRAL = TIED | {
+    "model_type": "mistral",
+    "sliding_window": 4096,
+    "tie_word_embeddings": False,
+    "vocab_size": 32000,
+}
 SPLIT = {"account_for_embedding_in_pipeline_split": True, "account_for_loss_in_pipeline_split": True}
 
 

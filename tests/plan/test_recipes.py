@@ -42,5 +42,13 @@ def test_settings_of_the_paper(path):
     assert (nrt.preset, nrt.reward_scheme, nrt.token_signal) == ("reference", "weighted_log_prob", "fixed")
     assert (nrt.num_generations_per_prompt, nrt.num_prompts_per_step, nrt.max_num_steps) == (8, 256, 810)
     assert policy.train_global_batch_size == 64 * 8
-    assert (data.max_prompt_tokens, policy.generation.max_new_tokens, data.max_answer_tokens) == (4096, 2048, 4096)
-    assert (policy.optimizer.lr, policy.optimizer.adam_beta2, policy.optimizer.weight_decay) == (2e-6, 0.95, 0.01)
+    assert (data.max_prompt_tokens, policy.generation.max_new_tokens, data.max_answer_tokens) == (
+        4096,
+        2048,
+        4096,
+    )
+    assert (policy.optimizer.lr, policy.optimizer.adam_beta2, policy.optimizer.weight_decay) == (
+        2e-6,
+        0.95,
+        0.01,
+    )

@@ -27,7 +27,9 @@ def test_a_layer_by_hand():
     assert time.memory == pytest.approx(2 * accesses * 8192 / (3.35e12 * 0.85))
     assert time.host == 0
     back = at.layer(SEQUENCE, backward=True)
-    assert back.matmul == pytest.approx(2 * time.matmul) and back.attention == pytest.approx(2.5 * time.attention)
+    assert back.matmul == pytest.approx(2 * time.matmul) and back.attention == pytest.approx(
+        2.5 * time.attention
+    )
     fp8 = at.layer(SEQUENCE, fp8=True)
     assert fp8.matmul == pytest.approx(time.matmul / 2, rel=1e-3)
     casts = efficiency.FP8_CAST_BYTES * (3 * 8192 + 28672) / 8
@@ -73,13 +75,18 @@ def test_the_pipeline_waits_for_its_slowest_stage():
     assert many.work.total == pytest.approx(64 * one.work.total)
     assert many.bubble == pytest.approx(one.bubble)
     layers = 20 * (at.layer(SEQUENCE).total + at.layer(SEQUENCE, backward=True).total)
-    head = at.output_layer(8192, chunked=False).total + at.output_layer(8192, chunked=False, backward=True).total
+    head = (
+        at.output_layer(8192, chunked=False).total + at.output_layer(8192, chunked=False, backward=True).total
+    )
     assert one.work.total == pytest.approx(layers + head)
     transfer = 2 * 8192 * 8192 / 8 * 2 / (50e9 * 0.8)
     assert one.pipeline_exchange == pytest.approx(transfer)
     assert one.bubble == pytest.approx(3 * (layers + transfer))
     chunked = update_time(
-        costs(recipe(sequence_parallel=True, virtual_pipeline_model_parallel_size=5)), SEQUENCE, 64, chunked_loss=False
+        costs(recipe(sequence_parallel=True, virtual_pipeline_model_parallel_size=5)),
+        SEQUENCE,
+        64,
+        chunked_loss=False,
     )
     assert chunked.bubble == pytest.approx(3 * layers / 5) and chunked.pipeline_exchange == 0
 
@@ -100,7 +107,11 @@ def test_gradients_over_the_network_and_behind_the_backward_pass():
         for name, flags in {
             "plain": {},
             "shared": {"use_distributed_optimizer": True},
-            "hidden": {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True},
+            "hidden": {
+                "use_distributed_optimizer": True,
+                "overlap_grad_reduce": True,
+                "overlap_param_gather": True,
+            },
         }.items()
     }
     assert times["plain"] == pytest.approx(8 * parameters * 0.75 / (50e9 * 0.8))
@@ -128,7 +139,7 @@ def test_rollout_of_one_batch():
     """Prompts once, not once a trace; as many steps as the trace is long; scoring of traces and baselines."""
     at = costs(recipe())
     batch = RolloutBatch(prompts=4, traces=8, lengths=Lengths(100, 50, 20))
-    work = rollout_work(at, batch, num_batches=3)
+    work = rollout_work(at, batch, prompts_of_rank=12)
     dp = at.layout.dp
     prefill = at.model_flops(Pass(4, 100, scored=1))
     steps = 50 * at.model_flops(Pass(32, 1, cached=125))
@@ -136,6 +147,25 @@ def test_rollout_of_one_batch():
     assert work.scoring_flops > 3 * dp * 2 * 80 * 855_638_016 * (32 + 4) * 21
     floor = 3 * 50 * 80 * efficiency.HOST_SECONDS_PER_LAYER
     assert floor < work.sampling_seconds < 1.2 * floor
+    # Four batches on four stages: each step takes about as long as one batch's, since every stage has work.
+    turns = rollout_work(at, replace(batch, in_flight=4), prompts_of_rank=16)
+    alone = rollout_work(at, batch, prompts_of_rank=16)
+    assert alone.sampling_seconds / 4 < turns.sampling_seconds < 1.2 * alone.sampling_seconds / 4
+    assert turns.sampling_flops == alone.sampling_flops
+    assert rollout_work(at, batch, prompts_of_rank=13).sampling_seconds == alone.sampling_seconds
+
+
+def test_the_trainers_own_log_probs_cost_a_forward_pass():
+    settings = recipe()
+    settings = replace(
+        settings, policy=replace(settings.policy, tokenizer=replace(settings.policy.tokenizer, path="t"))
+    )
+    weighed = replace(settings, nrt=replace(settings.nrt, rollout_importance_sampling=True))
+    plain, more = (plan(each, load_hardware("h100"), build=False) for each in (settings, weighed))
+    assert more.update == plain.update
+    extra = more.scoring.flops - plain.scoring.flops
+    assert extra == pytest.approx(plain.update.flops / 3)
+    assert more.scoring.seconds - plain.scoring.seconds < plain.update.seconds / 2
 
 
 def test_lengths_are_cut_to_the_limits():
@@ -160,10 +190,16 @@ def test_fine_tuning_has_no_rollout():
 
 def test_packed_prompts_are_trained_on_once():
     settings = recipe(use_distributed_optimizer=True)
-    policy = replace(settings.policy, tokenizer=replace(settings.policy.tokenizer, path="t"), train_micro_batch_size=8)
+    policy = replace(
+        settings.policy, tokenizer=replace(settings.policy.tokenizer, path="t"), train_micro_batch_size=8
+    )
     rows = plan(replace(settings, policy=policy), load_hardware("h200"), build=False)
     packing = replace(policy.sequence_packing, enabled=True)
-    trees = plan(replace(settings, policy=replace(policy, sequence_packing=packing)), load_hardware("h200"), build=False)
+    trees = plan(
+        replace(settings, policy=replace(policy, sequence_packing=packing)),
+        load_hardware("h200"),
+        build=False,
+    )
     assert rows.update.tokens - trees.update.tokens == 256 * 7 * 300
     assert trees.update.seconds < rows.update.seconds
 
