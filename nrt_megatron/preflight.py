@@ -38,6 +38,12 @@ def load_inputs(recipe: Recipe) -> Inputs:
             f"policy.tokenizer: {tokenizer.vocab_size} tokens, but the model's vocab_size is {stored.vocab_size}; "
             "use the tokenizer that belongs to policy.model"
         )
+    if tokenizer.added_tokens and recipe.policy.model.path and is_checkpoint(Path(recipe.policy.model.path)):
+        # Its vocabulary is padded, so a new row would load as padding without a complaint.
+        raise ConfigError(
+            f"policy.tokenizer.add_marker=true: the converted checkpoint has no row for {tokenizer.added_tokens[0]!r}; "
+            f"convert again with --add-token '{tokenizer.added_tokens[0]}'"
+        )
     shape = ModelShape.from_hf({**stored.to_hf(), "vocab_size": rows})
     if recipe.policy.max_total_sequence_length > shape.max_position_embeddings:
         raise ConfigError(

@@ -110,6 +110,10 @@ def test_convert_train_and_export(home, quickstart):
     assert set(typed) == {"convert", "plan", "export"}
     convert, export = typed["convert"][4:], typed["export"][4:]
     assert convert == ["--add-token", MARKER, "--init-from", "mean"] and export == []
+    sh([*NRT, "convert", "runs/tiny-sum/base", "checkpoints/bare"], home)
+    bare = ["policy.model.path=checkpoints/bare", "policy.tokenizer.marker=<new>", "policy.tokenizer.add_marker=true"]
+    refused = subprocess.run([*NRT, "train", "recipes/nrt-tiny-1n0g-cpu.yaml", *bare], cwd=home, capture_output=True, text=True)
+    assert refused.returncode == 2 and "--add-token '<new>'" in refused.stderr, refused.stderr
     sh([*NRT, "convert", "runs/tiny-sum/base", "checkpoints/tiny", *convert], home)
     overrides = ["policy.model.path=checkpoints/tiny", f"policy.tokenizer.marker={MARKER}", "nrt.max_num_steps=1"]
     sh([*NRT, "train", "recipes/nrt-tiny-1n0g-cpu.yaml", "run_dir=runs/converted", *overrides], home)
