@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import signal
@@ -28,6 +30,7 @@ from tests.convert.builders import (
     save_tokenizer,
     tensors,
 )
+from tests.distributed import run_ranks
 
 MARKER = "<|response_start|>"
 
@@ -95,30 +98,48 @@ def test_a_trained_checkpoint_is_released_in_the_dtype_of_its_matrices(tmp_path)
     assert_identical({k: v.bfloat16() for k, v in weights.items()}, tensors(tmp_path / "trained"))
 
 
-@pytest.mark.parametrize("variant", ["llama3.2", "mistral"])
-def test_proof_passes_and_notices_one_wrong_weight(tmp_path, capsys, variant: str) -> None:
-    hf = save_tokenizer(save_model(tmp_path / "hf", variant, dtype=torch.bfloat16))
-    convert_hf_to_megatron(hf, tmp_path / "checkpoint", verify=True)
-    export_to_hf(tmp_path / "checkpoint", tmp_path / "back", verify=True)
-    convert_hf_to_megatron(hf, tmp_path / "float32", dtype="float32", verify=True)
-    assert capsys.readouterr().err.count("verified on") == 3
+def verified(hf: Path, root: Path, **options) -> list[str]:
+    """Converts and exports with `--verify`, in a rank of its own; what it printed about the proofs."""
 
-    name = "model.layers.1.self_attn.k_proj.weight"
-    weights = load_file(tmp_path / "back" / "model.safetensors")
-    weights[name][0, 0] += 1
-    save_file(weights, tmp_path / "back" / "model.safetensors", metadata={"format": "pt"})
+    def both() -> str:
+        said = io.StringIO()
+        with contextlib.redirect_stderr(said):
+            convert_hf_to_megatron(hf, root / "checkpoint", verify=True, **options)
+            export_to_hf(root / "checkpoint", root / "back", verify=True)
+        return said.getvalue()
+
+    (said,) = run_ranks(1, both)
+    return [line for line in said.splitlines() if "verif" in line]
+
+
+@pytest.mark.parametrize("variant", ["llama3.2", "mistral"])
+def test_proof_passes_and_notices_one_wrong_weight(tmp_path, variant: str) -> None:
     from nrt_megatron.mcore.verify import verify
 
-    with pytest.raises(ConfigError, match="not the same model"):
-        verify(tmp_path / "checkpoint", tmp_path / "back")
+    hf = save_tokenizer(save_model(tmp_path / "hf", variant, dtype=torch.bfloat16))
+    for dtype in (None, "float32"):
+        lines = verified(hf, tmp_path / str(dtype), dtype=dtype)
+        assert len(lines) == 2 and all(line.startswith("verified on 5") for line in lines), lines
+
+    name, back = "model.layers.1.self_attn.k_proj.weight", tmp_path / "None" / "back"
+    weights = load_file(back / "model.safetensors")
+    weights[name][0, 0] += 1
+    save_file(weights, back / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(AssertionError, match=r"ConfigError: verify: .* are not the same model"):
+        run_ranks(1, verify, tmp_path / "None" / "checkpoint", back)
+
+
+def test_proof_without_a_tokenizer_says_what_it_compares_on(tmp_path) -> None:
+    hf = save_model(tmp_path / "hf", "llama3")
+    lines = verified(hf, tmp_path, tokenizer=False)
+    assert [line.startswith("verify: no tokenizer") for line in lines] == [True, False, True, False]
 
 
 @pytest.mark.parametrize("variant", ["llama3.2", "mistral"])  # tied, untied
 @pytest.mark.parametrize("init", ["eos", "mean", "white rabbit"])
 def test_added_token_starts_where_its_init_says(tmp_path, variant: str, init: str) -> None:
     hf = save_tokenizer(save_model(tmp_path / "hf", variant, vocab_size=300))
-    convert_hf_to_megatron(hf, tmp_path / "checkpoint", add_token=[MARKER], init_from=init, verify=True)
-    export_to_hf(tmp_path / "checkpoint", tmp_path / "back", verify=True)
+    assert len(verified(hf, tmp_path, add_token=[MARKER], init_from=init)) == 2
 
     from transformers import AutoTokenizer
 

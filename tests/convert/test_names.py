@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-import pytest
+import json
+import subprocess
+import sys
+
 import torch
 
 from nrt_megatron.convert import names
 from nrt_megatron.convert.config import ModelShape
+from tests.distributed import run_ranks
 
 _LLAMA31_ROPE = {
     "factor": 8.0,
@@ -79,30 +83,58 @@ PUBLIC = {
 }
 
 
-@pytest.mark.parametrize("model", PUBLIC)
-def test_every_tensor_of_a_public_model_as_transformers_has_it(model: str) -> None:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config, count = PUBLIC[model]
+# In a fresh interpreter: with Megatron's CPU adapter installed, `torch.device("meta")` would take real memory.
+AS_TRANSFORMERS_HAS_THEM = """
+import json, sys, torch
+from transformers import AutoConfig, AutoModelForCausalLM
+found = {}
+for model, config in json.load(sys.stdin).items():
     with torch.device("meta"):
-        theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
-    expected = {name: tuple(parameter.shape) for name, parameter in theirs.named_parameters()}
-    assert names.hf_shapes(ModelShape.from_hf(config)) == expected
-    assert sum(torch.Size(shape).numel() for shape in expected.values()) == count
+        built = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    found[model] = {name: list(parameter.shape) for name, parameter in built.named_parameters()}
+print(json.dumps(found))
+"""
 
 
-@pytest.mark.parametrize("model", PUBLIC)
-def test_every_parameter_of_a_public_model_as_megatron_has_it(model: str, alone) -> None:
+def test_every_tensor_of_the_public_models_as_transformers_has_it() -> None:
+    configs = json.dumps({model: config for model, (config, _) in PUBLIC.items()})
+    command = [sys.executable, "-c", AS_TRANSFORMERS_HAS_THEM]
+    done = subprocess.run(command, input=configs, capture_output=True, text=True, check=True)
+    found = {
+        model: {name: tuple(shape) for name, shape in shapes.items()}
+        for model, shapes in json.loads(done.stdout).items()
+    }
+    assert found.keys() == PUBLIC.keys()
+    for model, (config, count) in PUBLIC.items():
+        assert names.hf_shapes(ModelShape.from_hf(config)) == found[model]
+        assert sum(torch.Size(shape).numel() for shape in found[model].values()) == count
+
+
+def as_megatron_has_them() -> dict[str, tuple[dict[str, tuple[int, ...]], set[str]]]:
+    """Per public model: shape of every parameter, and the keys of its checkpoints; built without memory."""
+    from nrt_megatron.mcore import runtime
     from nrt_megatron.mcore.hf import global_parameters
     from nrt_megatron.mcore.model import build_chunks
+    from nrt_megatron.recipe import Recipe
 
-    config, _ = PUBLIC[model]
-    shape = ModelShape.from_hf(config)
-    (built,) = build_chunks(shape, alone, init_model_with_meta_device=True)
-    expected = {p.name: p.shape for p in names.parameters(shape)}
-    assert {name: tuple(parameter.shape) for name, parameter in global_parameters(built)} == expected
-    keys = {value.key for name, value in built.sharded_state_dict().items() if "_extra_state" not in name}
-    assert {p.key for p in names.parameters(shape)} == keys
+    runtime.initialize(Recipe())
+    found = {}
+    for model, (config, _) in PUBLIC.items():
+        shape = ModelShape.from_hf(config)
+        (built,) = build_chunks(shape, Recipe().policy.megatron_cfg, init_model_with_meta_device=True)
+        shapes = {name: tuple(parameter.shape) for name, parameter in global_parameters(built)}
+        state = built.sharded_state_dict().items()
+        found[model] = (shapes, {value.key for name, value in state if "_extra_state" not in name})
+    runtime.shutdown()
+    return found
+
+
+def test_every_parameter_of_the_public_models_as_megatron_has_it() -> None:
+    (found,) = run_ranks(1, as_megatron_has_them)
+    for model, (shapes, keys) in found.items():
+        table = list(names.parameters(ModelShape.from_hf(PUBLIC[model][0])))
+        assert shapes == {p.name: p.shape for p in table}
+        assert keys == {p.key for p in table}
 
 
 def test_transformer_engine_keeps_norms_in_the_next_linear_layer() -> None:
