@@ -19,7 +19,7 @@ from tests.convert.builders import VARIANTS, VOCAB, assert_identical, save_model
 from tests.distributed import run_ranks
 
 BOUND = 1e-4
-LAYOUTS = [(1, 1, None), (2, 1, None), (4, 1, None), (1, 2, None), (1, 2, 2), (2, 2, None)]
+LAYOUTS = [(1, 1, None), (2, 1, None), (4, 1, None), (1, 2, None), (1, 2, 2), (2, 2, None), (4, 2, None)]
 """Tensor, pipeline and virtual pipeline size."""
 
 
