@@ -65,7 +65,7 @@ def train(
     Starts its own ranks, one per GPU or cluster.cpu_ranks, and joins them where torchrun or srun has started them.
     """
     from nrt_megatron import launch, stopping
-    from nrt_megatron.recipe import check, check_built, load_recipe, print_notice
+    from nrt_megatron.recipe import check, load_recipe, print_notice
 
     stopping.leave()
     launch.adopt_slurm(os.environ)
@@ -79,7 +79,6 @@ def train(
         if dry_run:
             _print_resolved(resolved)
             return
-        check_built(resolved)
         launch.check_ranks(resolved, os.environ)
         launch.prepare_environment(resolved, os.environ)
         if speaks:

@@ -55,6 +55,8 @@ class SDPACoreAttention(MegatronModule):
     ) -> Tensor:
         """query [sq, b, heads, d], key and value [sk, b, kv_heads, d] -> [sq, b, heads * d]."""
         assert attention_bias is None and packed_seq_params is None
+        if torch.is_grad_enabled():
+            value = value.contiguous()  # a view would keep query, key and value together alive for the backward
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, heads, s, d]
         if attention_mask is None and self.window and k.size(2) > self.window:
             rows = torch.arange(k.size(2), device=k.device)[None]

@@ -100,6 +100,12 @@ def _patch_cuda() -> None:
         namespace.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
 
 
+def _without_compiler(function=None, **options):
+    """`torch.compile` that compiles nothing. Megatron decorates functions with it at import, which loads the
+    compiler (seconds); none of them is called here."""
+    return function if function is not None else lambda f: f
+
+
 def install() -> None:
     """Installs the adapter once. Asserts that there is no GPU in use."""
     global _installed
@@ -107,4 +113,5 @@ def install() -> None:
         return
     _patch_tensors()
     _patch_cuda()
+    torch.compile = _without_compiler
     _installed = True

@@ -18,7 +18,7 @@ from torch import Tensor
 from nrt_megatron.data.batch import pad
 from nrt_megatron.data.traces import EOS, LENGTH, MARKER, Generated, Request
 from nrt_megatron.mcore.kv_cache import KVCache, inference_mode
-from nrt_megatron.mcore.model import PolicyModel, ScoredTokens
+from nrt_megatron.mcore.model import PolicyModel
 from nrt_megatron.mcore.runtime import Runtime
 from nrt_megatron.mcore.sampling import draw, uniforms
 from nrt_megatron.recipe import Generation
@@ -84,7 +84,7 @@ class _Batch:
         self.answers, self.answer_lengths = answers.to(device), answer_lengths.to(device)  # [G, A], [G]
         self.A = self.answers.size(1)
         columns = self.prompts.size(1) + self.limit + 1 + self.M + self.A
-        self.cache = KVCache(owner.chunks, self.rows, columns)
+        self.cache = KVCache(owner.chunks, self.rows, columns, owner.cfg.max_tokens_per_forward)
 
         def empty(*shape, fill=0.0, dtype=torch.float32):
             return torch.full(shape, fill, dtype=dtype, device=device)
@@ -218,15 +218,14 @@ class _Batch:
         columns = torch.arange(tokens.size(1), device=tokens.device)
         offset = columns - fed_marker[:, None]  # distance from the first token that is new
         exists = (offset >= 0) & (columns < self.M - 1 + answer_lengths[:, None])
-        labels = self._labels(tokens, answers)
-        output = self.cache.forward(
-            tokens, (known[:, None] + offset).clamp(min=0), exists, first_row=first_row, labels=labels, keep=False
+        targets = torch.cat([tokens[:, 1 : self.M], answers], dim=1)  # [n, M - 1 + A]: what each column predicts
+        scored = self.cache.forward(
+            tokens, (known[:, None] + offset).clamp(min=0), exists, first_row=first_row, targets=targets, keep=False
         )
         self.scored_tokens += int(exists.sum())
         self.scoring_seconds += self._clock() - started
-        if output is None:
+        if scored is None:
             return
-        scored = output[0].view(n, -1)  # [n, M - 1 + A]
         if rows is None:
             self.baseline = scored[:, self.M - 1 :]
         else:
@@ -237,14 +236,6 @@ class _Batch:
     def _clock() -> float:
         torch.cuda.synchronize()
         return time.perf_counter()
-
-    def _labels(self, tokens: Tensor, answers: Tensor) -> ScoredTokens:
-        """Scores, at each column of the block, the token that follows: marker[1:], then the answer."""
-        n, width = tokens.shape
-        targets = torch.cat([tokens[:, 1 : self.M], answers], dim=1)  # [n, M - 1 + A]
-        assert targets.size(1) == width
-        flat = torch.arange(width, device=tokens.device) * n + torch.arange(n, device=tokens.device)[:, None]
-        return ScoredTokens(flat.flatten(), targets.flatten(), torch.ones(targets.numel(), device=tokens.device))
 
     def _score_baseline(self) -> None:
         """b_i: marker and answer straight after the prompt, once per group."""

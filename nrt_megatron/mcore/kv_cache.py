@@ -44,9 +44,10 @@ class KVCache:
     say, for each row and column, the token's position in its own sequence and whether there is one.
     """
 
-    def __init__(self, chunks: list[PolicyModel], max_rows: int, max_columns: int):
+    def __init__(self, chunks: list[PolicyModel], max_rows: int, max_columns: int, max_tokens_per_forward: int):
         self.chunks = chunks
         self.context = StaticInferenceContext(max_rows, max_columns)
+        self.max_tokens_per_forward = max_tokens_per_forward
         device = torch.device(torch.cuda.current_device())
         self.positions = torch.zeros(max_rows, max_columns, dtype=torch.int64, device=device)
         self.exists = torch.zeros(max_rows, max_columns, dtype=torch.bool, device=device)
@@ -55,21 +56,48 @@ class KVCache:
         self._ragged = False
 
     def forward(
-        self, tokens: Tensor, positions: Tensor, exists: Tensor | None, *, first_row: int = 0, labels=None, keep=True
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        exists: Tensor | None,
+        *,
+        first_row: int = 0,
+        targets: Tensor | None = None,
+        keep: bool = True,
     ) -> Tensor | None:
         """Feeds tokens int64 [n, s] at `positions` [n, s] to rows first_row.. and appends them to the cache.
 
         exists bool [n, s]: False for padding; None: all real. keep=False leaves the cache's length as it was
-        (its further columns are overwritten by the next call). Returns on the last stage: with `labels`
-        (ScoredTokens over these s columns) [2, n_scored], else logits [n, padded vocab] of the last column.
-        None elsewhere.
+        (its further columns are overwritten by the next call). Rows go through the model in slices of at most
+        `max_tokens_per_forward` tokens. Returns on the last stage, None elsewhere: with `targets` int64 [n, s], the
+        log-prob float32 [n, s] of each target where its column predicts; else logits [n, padded vocab] of the last
+        column.
         """
         n, s = tokens.shape
-        start, end, rows = self.length, self.length + tokens.size(1), slice(first_row, first_row + n)
+        self._ragged = self._ragged or (keep and exists is not None)
+        outputs = []
+        for first in range(0, n, max(1, self.max_tokens_per_forward // s)):
+            part = slice(first, first + max(1, self.max_tokens_per_forward // s))
+            outputs.append(
+                self._slice(
+                    tokens[part],
+                    positions[part],
+                    None if exists is None else exists[part],
+                    first_row + first,
+                    None if targets is None else targets[part],
+                )
+            )
+        if keep:
+            self.length += s
+        return None if outputs[0] is None else torch.cat(outputs)
+
+    def _slice(
+        self, tokens: Tensor, positions: Tensor, exists: Tensor | None, first_row: int, targets: Tensor | None
+    ) -> Tensor | None:
+        n, s = tokens.shape
+        start, end, rows = self.length, self.length + s, slice(first_row, first_row + n)
         self.positions[rows, start:end] = positions
         self.exists[rows, start:end] = True if exists is None else exists
-        if exists is not None and keep:
-            self._ragged = self._ragged or not bool(exists.all())
         self.context.sequence_len_offset, self.context.batch_size_offset = start, first_row
         ragged = self._ragged or exists is not None
         window = self.chunks[0].config.window_size
@@ -78,10 +106,9 @@ class KVCache:
             mask = hidden_columns(
                 positions, self.positions[rows, :end], self.exists[rows, :end], window[0] + 1 if window else None
             )
+        labels = None if targets is None else _every_column(targets)
         output = self._through_pipeline(tokens, positions, mask, labels, shared_rows=not ragged)
-        if keep:
-            self.length = end
-        return output
+        return output if output is None or targets is None else output[0].view(n, s)
 
     def _through_pipeline(
         self, tokens: Tensor, positions: Tensor, mask: Tensor | None, labels: ScoredTokens | None, shared_rows: bool
@@ -117,3 +144,11 @@ class KVCache:
             values[:used, : len(order)] = values[:used, order]
         self.positions[: len(order)] = self.positions[order]
         self.exists[: len(order)] = self.exists[order]
+
+
+def _every_column(targets: Tensor) -> ScoredTokens:
+    """Scores targets [n, s], each from the hidden state of its own column."""
+    n, s = targets.shape
+    rows, columns = torch.arange(n, device=targets.device), torch.arange(s, device=targets.device)
+    sources = columns * n + rows[:, None]  # [n, s]
+    return ScoredTokens(sources.flatten(), targets.flatten(), torch.ones(n * s, device=targets.device))

@@ -188,6 +188,9 @@ def transformer_config(shape: ModelShape, cfg: Megatron, **overrides) -> Transfo
                 perform_initialization=False,  # weights come from a checkpoint or from seeded_weights
                 deterministic_mode=cfg.deterministic_mode,
                 gradient_accumulation_fusion=False,
+                bias_activation_fusion=HAS_GPU,  # SwiGLU keeps its input alone for the backward pass
+                account_for_embedding_in_pipeline_split=cfg.account_for_embedding_in_pipeline_split,
+                account_for_loss_in_pipeline_split=cfg.account_for_loss_in_pipeline_split,
                 **transformer_fields(cfg),
             ),
             **overrides,

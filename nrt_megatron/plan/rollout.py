@@ -65,6 +65,7 @@ class RolloutBatch:
     lengths: Lengths
     in_flight: int = 1
     """Such batches that take turns on the pipeline's stages, each with a cache."""
+    max_tokens_per_forward: float = float("inf")
     fp8: bool = False
     """Layers that train in FP8 sample in it as well."""
 
@@ -76,7 +77,15 @@ class RolloutBatch:
             recipe.policy.megatron_cfg.pipeline_model_parallel_size,
             -(-prompts_of_rank // prompts),
         )
-        return cls(prompts, traces, lengths, min(stages, batches), recipe.policy.generation.fp8 == "same")
+        generation = recipe.policy.generation
+        return cls(
+            prompts,
+            traces,
+            lengths,
+            min(stages, batches),
+            generation.max_tokens_per_forward,
+            generation.fp8 == "same",
+        )
 
     @property
     def rows(self) -> int:
@@ -93,6 +102,10 @@ class RolloutBatch:
         width = 2 * shape.num_query_groups * shape.kv_channels / costs.layout.tp
         return self.in_flight * stage.layers * width * costs.element * self.rows * self.columns
 
+    def _slice(self, rows: int, width: float) -> float:
+        """Tokens of the slice of rows that goes through the model at once."""
+        return min(rows, max(1, self.max_tokens_per_forward // width)) * width
+
     def workspace_bytes(self, costs: Costs, stage: Stage) -> float:
         """The larger of the prompts' forward pass, that of marker and answer on all rows, and drawing a token.
 
@@ -102,8 +115,8 @@ class RolloutBatch:
         shape, lengths, element = costs.shape, self.lengths, costs.element
         token = element * (4 * shape.hidden_size + 4 * shape.ffn_hidden_size / costs.layout.tp)
         mask = 1 + element
-        prefill = self.prompts * lengths.prompt * (token + mask * lengths.prompt)
-        scoring = self.rows * (MARKER + lengths.answer) * (token + mask * self.columns)
+        prefill = self._slice(self.prompts, lengths.prompt) * (token + mask * lengths.prompt)
+        scoring = self._slice(self.rows, MARKER + lengths.answer) * (token + mask * self.columns)
         logits = (
             vocab_matrix(shape, costs.cfg)
             / shape.hidden_size

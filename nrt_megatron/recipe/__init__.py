@@ -12,7 +12,6 @@ from nrt_megatron.recipe.layout import (
     world_size,
 )
 from nrt_megatron.recipe.load import from_yaml, load_recipe, print_notice, to_yaml
-from nrt_megatron.recipe.precision import check_built
 from nrt_megatron.recipe.presets import PRESETS
 from nrt_megatron.recipe.schema import (
     NRT,

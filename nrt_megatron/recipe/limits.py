@@ -76,6 +76,7 @@ RANGES: dict[str, Range] = {
     "policy.generation.top_p": Range(0, 1, open_low=True),
     "policy.generation.top_k": COUNT,
     "policy.generation.max_batch_size": POSITIVE,
+    "policy.generation.max_tokens_per_forward": POSITIVE,
     "policy.optimizer.lr": ABOVE_ZERO,
     "policy.optimizer.min_lr": NOT_NEGATIVE,
     "policy.optimizer.weight_decay": NOT_NEGATIVE,

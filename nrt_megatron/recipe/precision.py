@@ -83,10 +83,3 @@ def check_precision_shape(recipe: Recipe, config: Mapping[str, Any], source: str
         if not cfg.fp8_emulation and key in sizes and sizes[key] // share % 16:
             problem = f"{key} = {sizes[key]} of {source} over {share} ranks is no multiple of 16"
             _refuse(recipe, "fp8", problem, "set null, or another tensor_model_parallel_size")
-
-
-def check_built(recipe: Recipe) -> None:
-    """Raises ConfigError for what can be planned and not be trained yet."""
-    for name in ("account_for_embedding_in_pipeline_split", "account_for_loss_in_pipeline_split"):
-        if getattr(recipe.policy.megatron_cfg, name):
-            _refuse(recipe, name, "planned but not yet run", "set false")

@@ -130,6 +130,8 @@ class Generation:
     max_batch_size: int = 1024
     """Traces in one forward on a data-parallel rank. Where a step has more, as many such batches as there are
     pipeline stages are in flight at a time, each with a KV cache of its own."""
+    max_tokens_per_forward: int = 32768
+    """Prompts are prefilled and answers scored in slices of at most this many tokens: bounds the activations."""
     fp8: str = "same"
     """With `policy.megatron_cfg.fp8`: linear layers of rollout and scoring run in it as in training (`same`), or in the
     dtype of the other layers (`none`)."""

@@ -39,6 +39,10 @@ LAYOUTS = {
     "dp2-distopt": (2, {"use_distributed_optimizer": True}),
     "tp2-dp2-distopt": (4, {TP: 2, "use_distributed_optimizer": True}),
     "pp2-vpp2-dp2-distopt": (4, {PP: 2, VPP: 2, "use_distributed_optimizer": True}),
+    "pp3-ends-counted": (
+        3,
+        {PP: 3, "account_for_embedding_in_pipeline_split": True, "account_for_loss_in_pipeline_split": True},
+    ),
     "recompute": (1, {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}),
     "recompute-tp2": (2, {TP: 2, "recompute_granularity": "selective"}),
 }
