@@ -70,8 +70,11 @@ def test_overrides_and_hardware_reach_the_plan():
 
 @pytest.mark.parametrize("path", LARGE, ids=lambda path: path.stem)
 def test_the_first_change_makes_it_fit(path):
-    """A batch that is far too large: the change that is named, applied as it is printed, fits."""
-    too_much = ["policy.generation.max_batch_size=4096"]
+    """A batch that is too large: the change that is named, applied as it is printed, fits.
+
+    All 512 rows of a rank of the largest run fit as one batch; four batches of 192 in flight do not.
+    """
+    too_much = [f"policy.generation.max_batch_size={192 if path == LARGEST else 4096}"]
     planned = plan(load_recipe(path, [], too_much), load_hardware("h100"), build=False)
     assert not planned.fits
     change, _, peak = planned.first_change.removeprefix("set ").rpartition(": ")
