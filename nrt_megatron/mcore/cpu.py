@@ -11,6 +11,7 @@ import contextlib
 import functools
 
 import torch
+import torch.utils._device
 
 CPU = torch.device("cpu")
 _FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "rand", "randn")
@@ -62,6 +63,8 @@ class _NoStream:
 
 
 def _patch_tensors() -> None:
+    # Torch keeps the set of its factories, for `with torch.device(...)`, from the first time it is asked.
+    torch.utils._device._device_constructors()
     for name in _FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     torch.Tensor.cuda = lambda self, *args, **kwargs: self
