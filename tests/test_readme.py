@@ -31,6 +31,7 @@ ELSEWHERE = {
 """Commands that another test runs."""
 HERE = (
     "make train",
+    "make smollm2",
     ".venv/bin/nrt train recipes/sft-tiny-1n0g-cpu.yaml",
     ".venv/bin/nrt train recipes/nrt-tiny-1n0g-cpu.yaml",
     ".venv/bin/nrt train recipes/nrt-smollm2-135m-1n0g-cpu.yaml",
@@ -142,10 +143,13 @@ def test_dry_run_as_typed(home):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_real_model_on_real_text(home):
-    """One step of the recipe instead of ten."""
+    """What `make smollm2` runs once the environment is there, with one step instead of ten."""
     pytest.importorskip("gguf", reason="the `smollm2` extra is not installed")
-    sh([sys.executable, "tools/fetch_smollm2.py"], home)
-    sh([*NRT, "train", "recipes/nrt-smollm2-135m-1n0g-cpu.yaml", "nrt.max_num_steps=1", "evaluation.num_questions=2"], home)
+    short = "ARGS=nrt.max_num_steps=1 evaluation.num_questions=2"
+    lines = [line for line in sh(["make", "-n", "smollm2", short], ROOT).splitlines() if "pip install" not in line]
+    assert len(lines) >= 6
+    for line in lines:
+        sh(["bash", "-c", line.replace(".venv/bin/nrt", shlex.join(NRT)).replace(".venv/bin/python", sys.executable)], home)
     metrics = rows(home, "nrt-smollm2-135m-1n0g-cpu")
     assert metrics[-1]["step"] == 1 and metrics[-1]["logprob_gap/max"] < 1e-3
     (sample, *_) = (home / "runs/nrt-smollm2-135m-1n0g-cpu/samples.jsonl").read_text().splitlines()
