@@ -37,6 +37,7 @@ def update(policy: MegatronPolicy, grid: SequenceGrid, recipe: Recipe) -> StepMe
         total.add({"update/skipped_share": (float(not done.applied), 1.0)})
         total.values |= {"lr": done.lr}
         total.tokens["update"] = total.tokens.get("update", 0) + used
+    policy.gather_weights()
     return total
 
 

@@ -101,6 +101,8 @@ class PolicyModel(GPTModel):
             if self.share_embeddings_and_output_weights
             else self.output_layer.weight
         )
+        for hook in self.output_layer._forward_pre_hooks.values():
+            hook(self.output_layer)  # with overlap_param_gather Megatron waits for the weight in it, and no forward calls it
         if self.config.sequence_parallel:
             # Each rank's gradient is already summed over the group in token_log_probs: split, don't reduce.
             hidden_states = tensor_parallel.gather_from_sequence_parallel_region(

@@ -88,6 +88,15 @@ class MegatronPolicy:
             applied=bool(applied),
         )
 
+    def gather_weights(self) -> None:
+        """Makes the weights whole on every data-parallel rank. Collective; to be called after the updates of a step.
+
+        With `overlap_param_gather` an update leaves that to the next forward, and a checkpoint would be saved without.
+        """
+        if self.recipe.megatron_cfg.overlap_param_gather:
+            for chunk in self.ddp:
+                chunk.start_param_sync(force_sync=True)
+
     def with_own_log_probs(self, batches: list[MicroBatch]) -> list[MicroBatch]:
         """The batches with this policy's log-probs as the old ones, and the sampler's beside them.
 

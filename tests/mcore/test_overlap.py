@@ -1,0 +1,39 @@
+"""Exchanges that overlap with the passes, as the recipes for GPUs have them: the same updates, and whole weights after."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+from megatron.core.distributed import DistributedDataParallelConfig
+
+from nrt_megatron.convert.config import ModelShape
+from nrt_megatron.mcore import model
+from tests.distributed import run_ranks
+from tests.mcore import tiny
+from tests.mcore.test_layouts import PP, TP, VPP, compare, hf_tensors, train
+
+REDUCE = {"use_distributed_optimizer": True, "overlap_grad_reduce": True}
+GATHER = {**REDUCE, "overlap_param_gather": True}
+
+
+def train_in_small_buckets(directory, layout: dict):
+    """As `train`, with the output layer in a bucket of its own, as that of a large model is."""
+    model.DistributedDataParallelConfig = partial(DistributedDataParallelConfig, bucket_size=1000)
+    return train(directory, 1, layout)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    directory = tiny.save_hf(tiny.MISTRAL, tmp_path_factory.mktemp("mistral"))
+    shape = ModelShape.from_dir(directory)
+    (result,) = run_ranks(1, train, directory, 1, {})
+    return directory, shape, result[1], hf_tensors(shape, [result])
+
+
+@pytest.mark.parametrize(
+    "world,layout",
+    [(2, REDUCE), (2, GATHER), (4, {TP: 2, **GATHER}), (4, {PP: 2, **GATHER}), (4, {PP: 2, VPP: 2, **GATHER})],
+)
+def test_overlapping_exchanges_train_like_one_rank(alone, world, layout):
+    compare(alone, run_ranks(world, train_in_small_buckets, alone[0], layout))
