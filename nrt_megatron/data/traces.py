@@ -18,7 +18,8 @@ class Request:
 
     prompts: list[tuple[int, ...]]
     indices: list[int]
-    """Prompt indices; with the step they fix the randomness of the traces."""
+    """Prompt indices; with the step they fix the randomness of the traces. A row that a small file gives twice in
+    one step gets the same traces twice."""
     num_generations: int
     """K"""
     max_new_tokens: int

@@ -114,13 +114,13 @@ class KVCache:
         self, tokens: Tensor, positions: Tensor, mask: Tensor | None, labels: ScoredTokens | None, shared_rows: bool
     ) -> Tensor | None:
         n, s = tokens.shape
-        output = None
-        for i, chunk in enumerate(self.chunks):
+        output, stages = None, parallel_state.get_pipeline_model_parallel_group()
+        for chunk in self.chunks:
             first, last = chunk.pre_process, chunk.post_process
             if not first:
                 received = torch.empty(s, n, chunk.config.hidden_size, dtype=chunk.config.params_dtype,
                                        device=tokens.device)  # fmt: skip
-                dist.recv(received, parallel_state.get_pipeline_model_parallel_prev_rank())
+                dist.recv(received, parallel_state.get_pipeline_model_parallel_prev_rank(), group=stages)
                 chunk.set_input_tensor(received)
             output = chunk(
                 tokens,
@@ -132,7 +132,7 @@ class KVCache:
                 runtime_gather_output=True,
             )
             if not last:
-                dist.send(output.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank())
+                dist.send(output.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank(), group=stages)
                 output = None
         return output if output is None or labels is not None else output[:, -1]
 
