@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import time
 
 from nrt_megatron import stopping
 from nrt_megatron.recipe import ConfigError, from_yaml
@@ -24,6 +25,8 @@ def main(recipe_path: str) -> int:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             host = "" if os.environ.get("RANK", "0") == "0" else f"{socket.gethostname()}: "
             print(f"nrt: {host}{error}", file=sys.stderr)
+        else:
+            time.sleep(2)  # launchers end all ranks when the first one is gone: let the one that speaks finish
         code = 2
     stopping.ignore()  # Python gives signals their deadly meaning back while it ends
     return code

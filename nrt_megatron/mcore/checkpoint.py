@@ -10,6 +10,7 @@ import json
 import os
 import random
 import uuid
+from functools import partial
 from pathlib import Path
 from typing import Any, Callable, Optional
 
@@ -60,45 +61,28 @@ def save(
     Collective; `meta` is equal on all ranks. Raises StorageError on all of them when the disk is full or not
     writable; the previous checkpoint is then still the latest.
     """
-    final = step_dir(directory, meta.step)
-    main = dist.get_rank() == 0
+    final, main = step_dir(directory, meta.step), dist.get_rank() == 0
     # A name of its own for every attempt: what a killed one may still be writing does not get in here.
     name = [f".writing-{final.name}-{uuid.uuid4().hex[:8]}" if main else None]
     dist.broadcast_object_list(name)
     temporary = directory / str(name[0])
+    on_all = partial(storage.together, directory)
 
-    def begin() -> None:
-        checkpoints.clean(directory)
-        (temporary / "dist").mkdir(parents=True)
+    def on_main(action: Callable[..., None], *args: Any) -> None:
+        on_all(partial(action, *args) if main else lambda: None)
 
     def describe() -> None:
         save_tokenizer(temporary / "tokenizer")
         (temporary / "recipe.yaml").write_text(recipe_yaml)
         (temporary / "meta.json").write_text(meta.to_json())
 
-    def publish() -> None:
-        if final.exists():  # a damaged one, which the run went back behind
-            final.rename(directory / f".deleting-{final.name}")
-        os.replace(temporary, final)
-        storage.flush_one(directory)
-        storage.replace_text(directory / LATEST, final.name)
-        storage.flush_one(directory)
-        checkpoints.prune(directory, meta.step, cfg.keep_last, cfg.keep_every)
-
     try:
-        _on_main(directory, begin)
-        model = model_state(policy)
-        state = {
-            **model,
-            "optimizer": optimizer_state(policy.optimizer, model, loading=False),
-            "optimizer_step": update_count(policy.optimizer),
-            "scheduler": policy.scheduler.state_dict(),
-            "random_state": _random_state(),
-        }
-        storage.write_state(state, temporary / "dist")
-        _on_main(directory, describe)
-        _write_manifest(temporary)
-        _on_main(directory, publish)
+        on_main(_begin, temporary)
+        storage.write_state(_training_state(policy), temporary / "dist", on_all)
+        on_main(describe)
+        sums = _gathered(on_all(partial(_checksums_of_own_files, temporary)))
+        on_main(_write_manifest, temporary, sums)
+        on_main(_publish, temporary, final, cfg)
     except StorageError:
         if main:
             checkpoints.clean(directory)  # makes room for the metrics of what comes next
@@ -106,26 +90,49 @@ def save(
     return final
 
 
-def _on_main(directory: Path, action: Callable[[], None]) -> None:
-    """Runs `action` on the main rank; if it fails, all ranks raise StorageError."""
-    storage.together(directory, action if dist.get_rank() == 0 else lambda: None)
+def _training_state(policy: MegatronPolicy) -> dict[str, Any]:
+    model = model_state(policy)
+    return {
+        **model,
+        "optimizer": optimizer_state(policy.optimizer, model, loading=False),
+        "optimizer_step": update_count(policy.optimizer),
+        "scheduler": policy.scheduler.state_dict(),
+        "random_state": _random_state(),
+    }
 
 
-def _write_manifest(checkpoint: Path) -> None:
-    """Each rank reads back what it wrote; everything is on the disk when the manifest is."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    own = [f for f in checkpoints.files_of(checkpoint) if _writer(f) == rank]
-    sums = storage.together(checkpoint, lambda: checkpoints.checksums(checkpoint, own))
-    parts: Optional[list[Any]] = [None] * world if rank == 0 else None
-    dist.gather_object(sums, parts)
+def _begin(temporary: Path) -> None:
+    checkpoints.clean(temporary.parent)
+    (temporary / "dist").mkdir(parents=True)
 
-    def write() -> None:
-        assert parts is not None
-        files = {name: entry for part in parts for name, entry in part.items()}
-        (checkpoint / MANIFEST).write_text(json.dumps({"files": files}, indent=1, sort_keys=True))
-        storage.flush(checkpoint)
 
-    _on_main(checkpoint, write)
+def _publish(temporary: Path, final: Path, cfg: Checkpointing) -> None:
+    """Gives a complete checkpoint its name, then the marker its, then lets older checkpoints go."""
+    directory = final.parent
+    if final.exists():  # a damaged one, which the run went back behind
+        final.rename(directory / f".deleting-{final.name}")
+    os.replace(temporary, final)
+    storage.flush_one(directory)
+    storage.replace_text(directory / LATEST, final.name)
+    storage.flush_one(directory)
+    checkpoints.prune(directory, checkpoints.step_of(final), cfg.keep_last, cfg.keep_every)
+
+
+def _checksums_of_own_files(checkpoint: Path) -> dict[str, list[int]]:
+    """Each rank reads back what it wrote: most likely it still is in the memory of its node."""
+    return checkpoints.checksums(checkpoint, [f for f in checkpoints.files_of(checkpoint) if _writer(f) == dist.get_rank()])
+
+
+def _gathered(mine: dict[str, Any]) -> dict[str, Any]:
+    """The dictionaries of all ranks in one, on the main rank; empty elsewhere."""
+    parts: Optional[list[Any]] = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(mine, parts)
+    return {key: value for part in parts or [] for key, value in part.items()}
+
+
+def _write_manifest(checkpoint: Path, files: dict[str, list[int]]) -> None:
+    (checkpoint / MANIFEST).write_text(json.dumps({"files": files}, indent=1, sort_keys=True))
+    storage.flush(checkpoint)
 
 
 def _writer(file: str) -> int:
@@ -138,9 +145,12 @@ def find(directory: Path, say: Callable[[str], None]) -> Optional[Path]:
     """The newest checkpoint that is whole, every byte of it read; None when there is none at all.
 
     Collective: ranks share the reading, and agree. `say` gets one line for every damaged one passed over, on the
-    main rank. Raises StorageError when there are checkpoints and none is whole.
+    main rank. Removes what a killed run left half written. Raises StorageError when there are checkpoints and none
+    is whole.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
+    if rank == 0:
+        checkpoints.clean(directory)
     found = [checkpoints.newest_first(directory)]
     dist.broadcast_object_list(found)
     reasons: list[str] = []
@@ -152,7 +162,7 @@ def find(directory: Path, say: Callable[[str], None]) -> Optional[Path]:
             return checkpoint
         reasons.append(reason)
         if rank == 0:
-            say(f"{checkpoint} is damaged ({reason}): looking for an earlier one")
+            say(f"{checkpoint} is damaged ({reason}); looking for an earlier one")
     if reasons:
         raise checkpoints.none_whole(directory, reasons[0])
     return None

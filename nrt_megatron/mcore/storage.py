@@ -36,6 +36,7 @@ _FULL = 1 << 20
 def together(directory: Path, action: Callable[[], T]) -> T:
     """Runs `action` on this rank. Collective: when it fails on any, every rank raises the same StorageError.
 
+    directory: where checkpoints lie, for the message.
     Only what a disk or a library that writes to it raises counts as a failure; a mistake in the program passes
     through.
     """
@@ -78,26 +79,23 @@ class _PlannedWrite(TorchDistSaveShardedStrategy):
         return AsyncRequest(None, (), [])
 
 
-def write_state(state: dict[str, Any], directory: Path) -> None:
+def write_state(state: dict[str, Any], directory: Path, on_all: Callable[[Callable[[], T]], T]) -> None:
     """Writes a sharded state dict to the empty `directory` in Megatron's format `torch_dist`. Collective.
 
     As `dist_checkpointing.save`, but from threads of this process: Megatron forks a process for each file, off a
     process with a GPU and threads, and gathers results through a server process. Those live on when their rank is
-    killed, and lose the cause of an error. An error here is raised on all ranks, by `together`.
+    killed, and lose the cause of an error. What may fail on one rank is run by `on_all` (see `together`).
     """
     # Megatron asks for a queue between processes while it plans; one that starts no process will do.
     filesystem_async._results_queue = queue.SimpleQueue()
     main = dist.get_rank() == 0
     sharded, common = save_preprocess(state, validate_access_integrity=True)
-    if main:
-        together(directory, lambda: _write_common(common, directory))
-    else:
-        together(directory, lambda: None)
+    on_all((lambda: _write_common(common, directory)) if main else lambda: None)
     plan = _PlannedWrite(*_FORMAT, thread_count=_FILES_PER_RANK)
     plan.async_save(sharded, directory)
-    results = together(directory, lambda: _write_files(plan.writer))
+    results = on_all(lambda: _write_files(plan.writer))
     gathered = plan.group.gather_object(results)
-    together(directory, (lambda: plan.writer.finish(plan.metadata, gathered)) if main else lambda: None)
+    on_all((lambda: plan.writer.finish(plan.metadata, gathered)) if main else lambda: None)
 
 
 def _write_common(common: dict[str, Any], directory: Path) -> None:

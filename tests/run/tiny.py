@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Optional
@@ -10,7 +13,8 @@ from typing import Any, Optional
 import torch
 import yaml
 
-from nrt_megatron.recipe import Recipe, check, load_recipe
+from nrt_megatron import worker
+from nrt_megatron.recipe import Recipe, check, load_recipe, to_yaml
 from nrt_megatron.report import read_metrics
 from nrt_megatron.trainer import train
 from tests.data.builders import word_level, write_fast, write_jsonl
@@ -106,6 +110,25 @@ def train_ranks(
     return run_ranks(ranks, _train, settings, before, timeout=timeout)
 
 
+def work_ranks(
+    settings: Recipe, ranks: int, before: Optional[Callable[[], None]] = None, timeout: float = 120.0
+) -> tuple[list[int], str]:
+    """As `train_ranks`, through the worker that every launcher starts: exit codes, and what all ranks wrote to stderr."""
+    directory = Path(settings.run_dir).parent
+    (directory / "worker.yaml").write_text(to_yaml(settings))
+    (directory / "stderr").write_text("")
+    codes = run_ranks(ranks, _work, directory, before, timeout=timeout)
+    return codes, (directory / "stderr").read_text()
+
+
+def _work(directory: Path, before: Optional[Callable[[], None]]) -> int:
+    sys.stderr = open(directory / "stderr", "a", buffering=1)
+    os.environ["LOCAL_RANK"] = os.environ["RANK"]
+    if before is not None:
+        before()
+    return worker.main(str(directory / "worker.yaml"))
+
+
 def _train(settings: Recipe, before: Optional[Callable[[], None]]) -> bool:
     if before is not None:
         before()
@@ -124,5 +147,7 @@ def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
         for key, entry in entries.items()
         if isinstance(entry, TensorStorageMetadata)
     }
-    load(state, storage_reader=reader, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it says that it loads in a single process
+        load(state, storage_reader=reader, no_dist=True)
     return state
