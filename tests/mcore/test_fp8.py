@@ -1,0 +1,326 @@
+"""FP8 rehearsed: rounding by hand, which operand is rounded in which product, and the layers in models."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from nrt_megatron.mcore.fp8 import BLOCK, Scaling, _Fp8Matmul, dequantize, quantize, rehearsed_layers
+from nrt_megatron.mcore.precision import describe, pad_tokens, rollout_precision, token_multiple, transformer_fields
+from nrt_megatron.recipe import NRT, Megatron
+from nrt_megatron.update import update
+from tests.distributed import run_ranks
+from tests.mcore import test_layouts, test_on_policy, tiny
+from tests.mcore.test_layouts import PP, TP, VPP
+
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+TENSORWISE = dict(fp8="hybrid", fp8_recipe="tensorwise", fp8_emulation=True)
+BLOCKWISE = dict(fp8="e4m3", fp8_recipe="blockwise", fp8_emulation=True)
+
+
+def rounded(values: list[float], dtype: torch.dtype, power_of_2: bool = False) -> tuple[list[float], float]:
+    """Codes of one row with one scale, as numbers, and the inverse scale."""
+    x = torch.tensor([values])
+    codes, inverse = quantize(x, dtype, tuple(x.shape), power_of_2)
+    return codes.float()[0].tolist(), inverse.item()
+
+
+def test_e4m3_by_hand():
+    """Largest 448, steps of 1/8 of the power of two below: 448 = 1.75 * 2^8."""
+    assert rounded([448.0, 17.0, 19.0, -18.0, 0.3], E4M3) == ([448.0, 16.0, 20.0, -18.0, 0.3125], 1.0)  # ties to even
+    assert rounded([4.0, 0.3, -1.0], E4M3) == ([448.0, 32.0, -112.0], pytest.approx(1 / 112))  # 33.6 lies between 32 and 36
+    assert rounded([3.0, 1.0], E4M3, power_of_2=True) == ([384.0, 128.0], 1 / 128)  # 448 / 3 = 149, down to 128
+
+
+def test_e5m2_by_hand():
+    """Largest 57344 = 1.75 * 2^15, steps of 1/4 of the power of two below."""
+    assert rounded([57344.0, 9.0, 11.0, -5.0], E5M2) == ([57344.0, 8.0, 12.0, -5.0], 1.0)
+    assert rounded([2.0, 1.0], E5M2, power_of_2=True) == ([32768.0, 16384.0], 2.0**-14)
+
+
+def test_edges():
+    assert rounded([0.0, 0.0], E4M3) == ([0.0, 0.0], 1.0)
+    codes, inverse = rounded([1e-40, 0.0], E4M3)  # 448 / 1e-40 overflows: the largest float32 instead
+    assert codes[0] == pytest.approx(1e-40 * torch.finfo(torch.float32).max, rel=0.1) and codes[1] == 0
+    assert inverse == pytest.approx(1 / torch.finfo(torch.float32).max)
+    for bad in (float("inf"), float("nan")):  # must reach the gradient's norm, and be skipped there
+        x = torch.tensor([[bad, 1.0]])
+        assert not dequantize(*quantize(x, E4M3, (1, 2)), (1, 2)).isfinite().all()
+
+
+def test_the_scale_is_divided_once():
+    """448 / amax as Python writes it is 448 * (1 / amax), rounded twice: another scale for 1 amax in 4."""
+    amax = torch.linspace(1, 2, 1001)
+    exact = (448 / amax.double()).float()
+    scale = torch.cat([1 / quantize(a.view(1, 1), E4M3, (1, 1))[1].double() for a in amax])[:, 0]
+    torch.testing.assert_close(scale, exact.double(), rtol=1e-7, atol=0)
+    codes = torch.tensor([quantize(a.view(1, 1), E4M3, (1, 1))[0].item() for a in amax])
+    assert (codes == 448).all()
+    assert ((448 / amax) != torch.div(448, amax)).any(), "then it would not matter"
+
+
+def test_blocks_have_scales_of_their_own_and_may_be_cut():
+    x = torch.ones(BLOCK + 2, BLOCK + 3)
+    x[0, 0], x[-1, -1] = 100.0, 1e-3
+    _, squares = quantize(x, E4M3, (BLOCK, BLOCK))
+    assert (squares * 448).round(decimals=3).tolist() == [[100.0, 1.0], [1.0, 1.0]]
+    codes, rows = quantize(x, E4M3, (1, BLOCK))
+    assert rows.shape == (BLOCK + 2, 2) and codes.shape == x.shape
+    assert (rows[0] * 448).tolist() == pytest.approx([100, 1]) and (rows[1:] * 448 == 1).all()
+    codes, columns = quantize(x, E4M3, (BLOCK, 1))
+    assert columns.shape == (2, BLOCK + 3) and (columns[:, 0] * 448).tolist() == pytest.approx([100, 1])
+    torch.testing.assert_close(dequantize(*quantize(x, E4M3, (1, BLOCK)), (1, BLOCK)), x, rtol=2**-4, atol=1e-4)
+
+
+def test_relative_error_of_a_product():
+    """Rounding to 3 bits of fraction: 3.7% of the product's size, as measured with Transformer Engine's quantizers."""
+    g = torch.Generator().manual_seed(0)
+    x, w = torch.randn(256, 512, generator=g), torch.randn(256, 512, generator=g)
+    exact = x @ w.t()
+    for cfg in (TENSORWISE, BLOCKWISE):
+        scaling = Scaling.of(Megatron(**cfg))
+        error = (scaling.activation(x) @ scaling.weight(w).t() - exact).norm() / exact.norm()
+        assert 0.035 < error < 0.039
+        dy = torch.randn(256, 256, generator=g)
+        error = (scaling.gradient(dy) @ scaling.weight(w) - dy @ w).norm() / (dy @ w).norm()
+        assert error == pytest.approx(0.059 if cfg is TENSORWISE else 0.037, abs=0.003)
+
+
+@pytest.mark.parametrize("cfg", [TENSORWISE, {**TENSORWISE, "fp8": "e4m3"}, BLOCKWISE, {**BLOCKWISE, "fp8": "hybrid"}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_which_operand_is_rounded_how_in_each_product(cfg, dtype):
+    g = torch.Generator().manual_seed(1)
+    tokens, n, k = 200, 150, 130  # blocks are cut everywhere
+
+    def draw(*size):  # sizes wide apart: scales of powers of two differ for the smallest values of a block alone
+        return (torch.randn(*size, generator=g) * (4 * torch.randn(*size, generator=g)).exp()).to(dtype)
+
+    x, w, dy = draw(tokens, k), draw(n, k), draw(tokens, n)
+    backward = E5M2 if cfg["fp8"] == "hybrid" else E4M3
+
+    def q(t, kind, tile):
+        tile, two = (tile, True) if cfg["fp8_recipe"] == "blockwise" else (tuple(t.shape), False)
+        return dequantize(*quantize(t, kind, tile, two), tile)
+
+    weight, along_k, along_n = q(w, E4M3, (128, 128)), q(x, E4M3, (1, 128)), q(dy, backward, (1, 128))
+    expected = (
+        along_k @ weight.t(),
+        along_n @ weight,
+        q(dy, backward, (128, 1)).t() @ q(x, E4M3, (128, 1)),  # blocks run along the tokens
+    )
+    x3, w = x.view(20, 10, k).requires_grad_(), w.requires_grad_()
+    y = _Fp8Matmul.apply(x3, w, Scaling.of(Megatron(**cfg)), None)
+    dx, dw = torch.autograd.grad(y, (x3, w), dy.view(20, 10, n))
+    for got, wanted in zip((y.view(tokens, n), dx.view(tokens, k), dw), expected, strict=True):
+        assert got.dtype == dtype and (got - wanted).norm() < (1e-6 if dtype is torch.float32 else 3e-3) * wanted.norm()
+    if cfg["fp8_recipe"] == "blockwise":
+        columns = [columns.norm(dim=0) for columns in (along_n.t() @ along_k - expected[2], expected[2])]
+        assert (columns[0] / columns[1]).max() > 0.02, "then the direction of the blocks would not matter"
+
+
+def test_scales_of_blocks_are_powers_of_two_unless_transformer_engines_switch_is_set(monkeypatch):
+    assert Scaling.of(Megatron(**BLOCKWISE)).power_of_2 and not Scaling.of(Megatron(**TENSORWISE)).power_of_2
+    monkeypatch.setenv("NVTE_FP8_BLOCK_SCALING_FP32_SCALES", "1")
+    assert not Scaling.of(Megatron(**BLOCKWISE)).power_of_2
+    assert Scaling.of(Megatron()) is None
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return tiny.save_hf(tiny.LLAMA, tmp_path_factory.mktemp("llama"))
+
+
+def layers_in_fp8(directory, megatron: dict) -> list[tuple[int, list[str]]]:
+    policy = tiny.policy(directory, tiny.recipe(**megatron))
+    found = []
+    for chunk in policy.chunks:
+        for layer in chunk.decoder.layers:
+            names = [n for n, m in layer.named_modules() if m in set(rehearsed_layers(layer))]
+            found.append((layer.layer_number - 1, names))
+    assert sum(len(names) for _, names in found) == sum(1 for c in policy.chunks for _ in rehearsed_layers(c))
+    return found
+
+
+def test_linear_layers_alone_but_for_those_left_out(checkpoint):
+    edges = dict(first_last_layers_bf16=True, num_layers_at_start_in_bf16=1, num_layers_at_end_in_bf16=2)
+    four = ["self_attention.linear_proj", "self_attention.linear_qkv", "mlp.linear_fc1", "mlp.linear_fc2"]
+    everywhere = run_ranks(1, layers_in_fp8, checkpoint, TENSORWISE)[0]
+    assert everywhere == [(i, four) for i in range(4)]
+    for world, layout in ((1, {}), (2, {PP: 2}), (2, {PP: 2, VPP: 2})):
+        ranks = run_ranks(world, layers_in_fp8, checkpoint, {**TENSORWISE, **edges, **layout})
+        assert sorted(layer for rank in ranks for layer in rank) == [(0, []), (1, four), (2, []), (3, [])]
+
+
+TRAINED_ALIKE = {
+    # Micro-batches of one sequence: the same tensors are rounded on one rank and on several.
+    "dp2-distopt": (2, {"use_distributed_optimizer": True}, 1e-4),
+    "pp2-vpp2": (2, {PP: 2, VPP: 2}, 1e-4),
+    # A power of two is the same scale on a shard but for the smallest values, and rounding may tip a value over.
+    "tp2": (2, {TP: 2}, 5e-3),
+    "tp2-sp-pp2": (4, {TP: 2, PP: 2, "sequence_parallel": True}, 5e-3),
+    "recompute": (1, {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}, 1e-6),
+}
+
+
+@pytest.fixture(scope="module")
+def alone(checkpoint):
+    (result,) = run_ranks(1, test_layouts.train, checkpoint, 1, BLOCKWISE)
+    return result[1]
+
+
+@pytest.mark.parametrize("name", TRAINED_ALIKE)
+def test_a_layout_trains_like_one_rank(checkpoint, alone, name):
+    world, layout, tolerance = TRAINED_ALIKE[name]
+    # Chunks of one shape pad the rows, and what pads them shares blocks along the tokens.
+    for _, rows, _ in run_ranks(world, test_layouts.train, checkpoint, 1, {**BLOCKWISE, **layout}):
+        for expected, row in zip(alone, rows, strict=True):
+            for key in ("loss", "grad_norm", "answer/nll"):
+                assert row[key] == pytest.approx(expected[key], rel=tolerance), key
+
+
+def sampled(directory, megatron: dict, fp8: str, weighted: bool = False) -> dict[str, float]:
+    """One step; the metrics of its update."""
+    settings = test_on_policy.settings
+    recipe = settings(megatron, 1.0)
+    recipe = replace(recipe, nrt=replace(recipe.nrt, rollout_importance_sampling=weighted))
+    generation = replace(recipe.policy.generation, fp8=fp8)
+    recipe = replace(recipe, policy=replace(recipe.policy, generation=generation))
+    test_on_policy.settings = lambda layout, temperature: recipe
+    return test_on_policy.step(directory, megatron, 1.0)
+
+
+@pytest.mark.parametrize("layout", [(1, {}), (2, {TP: 2}), (2, {TP: 2, "sequence_parallel": True}), (2, {PP: 2})])
+def test_scales_of_a_tokens_own_keep_sampler_and_trainer_together(checkpoint, layout):
+    world, megatron = layout
+    row = run_ranks(world, sampled, checkpoint, {**BLOCKWISE, **megatron}, "same")[0]
+    assert row["logprob_gap/max"] < 0.1 and row["logprob_gap/abs_mean"] < 1e-3
+
+
+def test_a_scale_for_the_whole_batch_parts_sampler_and_trainer_and_the_gap_is_reported(checkpoint):
+    """What else is in the batch moves a token's rounding."""
+    (row,) = run_ranks(1, sampled, checkpoint, TENSORWISE, "same")
+    assert 1e-3 < row["logprob_gap/abs_mean"] < row["logprob_gap/max"] < 1
+
+
+def test_importance_sampling_takes_the_gap_out_of_the_ratio(checkpoint):
+    (plain,) = run_ranks(1, sampled, checkpoint, BLOCKWISE, "none")
+    assert plain["ratio/max"] > 1.01 and "rollout_weight/mean" not in plain
+    for world, layout in ((1, {}), (2, {PP: 2}), (2, {})):
+        row = run_ranks(world, sampled, checkpoint, {**BLOCKWISE, **layout}, "none", True)[0]
+        assert row["ratio/max"] == row["ratio/mean"] == 1  # the trainer's own log-probs, bit for bit
+        assert row["logprob_gap/abs_mean"] == pytest.approx(plain["logprob_gap/abs_mean"], rel=1e-3)
+        assert row["rollout_weight/mean"] == pytest.approx(1, abs=0.1) and row["rollout_weight/cap_share"] == 0
+
+
+def greedy(directory, megatron: dict, fp8: str) -> dict[str, float]:
+    """Metrics of a rollout alone, before any update."""
+    row = sampled(directory, megatron, fp8)
+    return {k: v for k, v in row.items() if k.startswith(("reward/", "trace/", "answer/prob"))}
+
+
+def test_a_rollout_without_fp8_is_that_of_a_model_without_fp8(checkpoint):
+    plain, without = (run_ranks(1, greedy, checkpoint, cfg, fp8)[0] for cfg, fp8 in (({}, "same"), (TENSORWISE, "none")))
+    differing = {k for k in plain if plain[k] != without[k]}
+    assert differing <= {"trace/entropy"}  # of the update's forward
+    assert run_ranks(1, greedy, checkpoint, TENSORWISE, "same")[0]["reward/trace_mean"] != plain["reward/trace_mean"]
+
+
+def learn(directory, megatron: dict) -> list[float]:
+    """Answers' nll over twenty updates on the same sequences."""
+    recipe = test_layouts.settings(8, megatron)
+    recipe = replace(recipe, nrt=replace(recipe.nrt, reward_scheme="sft", num_prompts_per_step=8, loss_normalizer=8.0))
+    policy, grid = tiny.policy(directory, recipe), tiny.grid(8)
+    return [update(policy, grid, recipe).reduce(policy.runtime)["answer/nll"] for _ in range(20)]
+
+
+@pytest.mark.parametrize("cfg", [TENSORWISE, BLOCKWISE])
+def test_training_learns_as_without_fp8(checkpoint, cfg):
+    plain, fp8 = (run_ranks(1, learn, checkpoint, megatron)[0] for megatron in ({}, cfg))
+    assert plain[0] > 4 and fp8[0] == pytest.approx(plain[0], abs=0.3)
+    assert plain[-1] < 0.1 * plain[0] and fp8[-1] < 1.25 * plain[-1]
+
+
+def keeps_weights(directory) -> list:
+    policy = tiny.policy(directory, tiny.recipe(**TENSORWISE))
+    layers = list(rehearsed_layers(policy.chunks[0]))
+    with rollout_precision(policy.chunks, "same"):
+        x = torch.randn(3, 1, layers[0].weight.size(1))
+        first, second = layers[0](x)[0], layers[0](x)[0]
+        kept = [len(layer.kept) for layer in layers[:2]]
+    with torch.no_grad():
+        layers[0].weight.mul_(2.0)
+    with rollout_precision(policy.chunks, "same"):
+        third = layers[0](x)[0]
+    off = [layer.scaling for layer in layers] if not all(layer.scaling for layer in layers) else []
+    return [torch.equal(first, second), kept, torch.equal(third, 2 * first), layers[0].kept, off]
+
+
+def test_weights_are_rounded_once_a_rollout_and_again_in_the_next(checkpoint):
+    assert run_ranks(1, keeps_weights, checkpoint)[0] == [True, [1, 0], True, None, []]
+
+
+def test_tokens_are_padded_for_a_layer_and_cut_again():
+    class Linear(torch.nn.Linear):
+        def forward(self, x):
+            assert x.shape[0] % 16 == 0 and x.shape[1] == 1
+            return super().forward(x), None
+
+    layer = Linear(4, 6, bias=False)
+    x = torch.randn(3, 7, 4)
+    hooks = pad_tokens(layer, 16)
+    y, bias = layer(x)
+    torch.testing.assert_close(y, x @ layer.weight.t())
+    assert bias is None and y.shape == (3, 7, 6)
+    for hook in hooks:
+        hook.remove()
+    with pytest.raises(AssertionError):
+        layer(x)
+
+
+@pytest.mark.parametrize(
+    "fields, packed, multiple",
+    [
+        ({}, True, 1),
+        ({TP: 4, "sequence_parallel": True}, False, 4),
+        ({**BLOCKWISE, TP: 2, "sequence_parallel": True}, True, 2),  # the rehearsal needs no padding
+        ({"fp8": "hybrid", "fp8_recipe": "tensorwise"}, True, 16),
+        ({"fp8": "e4m3", "fp8_recipe": "mxfp8"}, False, 32),
+        ({"fp8": "e4m3", "fp8_recipe": "blockwise"}, False, 16),
+        ({"fp8": "e4m3", "fp8_recipe": "blockwise"}, True, 128),
+        ({"fp8": "e4m3", "fp8_recipe": "blockwise", TP: 2, "sequence_parallel": True}, True, 256),
+    ],
+)
+def test_columns_are_aligned_for_transformer_engines_products(fields, packed, multiple):
+    assert token_multiple(Megatron(**fields), packed) == multiple
+
+
+def test_megatrons_own_fields_reach_it_and_the_rehearsal_stays_out_of_its_way():
+    cfg = Megatron(fp8="hybrid", fp8_recipe="tensorwise", fp8_param=True, first_last_layers_bf16=True, bf16=True)
+    assert transformer_fields(cfg) == dict(
+        fp8="hybrid", fp8_recipe="tensorwise", fp8_param=True, first_last_layers_bf16=True,
+        num_layers_at_start_in_bf16=1, num_layers_at_end_in_bf16=1,
+    )  # fmt: skip
+    assert "fp8" not in transformer_fields(Megatron(**TENSORWISE)) and transformer_fields(Megatron()) == {}
+    assert describe(cfg) == "bf16, FP8 hybrid tensorwise"
+    assert describe(Megatron(**BLOCKWISE)) == "fp32, FP8 e4m3 blockwise (emulated)"
+
+
+def test_a_rollout_leaves_megatrons_config_as_it_was():
+    """On Transformer Engine's layers: FP8 is off inside, or its kept weights are said to be old."""
+    calls = []
+    chunk = torch.nn.Linear(2, 2)
+    chunk.config = SimpleNamespace(fp8="hybrid", fp8_recipe="tensorwise")
+    chunk.set_is_first_microbatch = lambda: calls.append("weights are new")
+    with rollout_precision([chunk], "none"):
+        assert chunk.config.fp8 is None
+    assert chunk.config.fp8 == "hybrid" and not calls
+    with rollout_precision([chunk], "same"):
+        assert chunk.config.fp8 == "hybrid"
+    assert calls == ["weights are new"]
+
+
+def test_nothing_of_fp8_is_on_by_default():
+    assert not NRT().rollout_importance_sampling and Megatron().fp8 is None
