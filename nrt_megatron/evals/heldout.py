@@ -15,6 +15,18 @@ from nrt_megatron.recipe import Evaluation
 EVALUATION_STEP = 2**31
 """Stands for the step in the randomness of evaluation traces, so that every evaluation draws the same numbers."""
 
+METRICS = (
+    "accuracy",
+    "accuracy_greedy",
+    "accuracy_direct",
+    "answer_prob",
+    "answer_prob_no_trace",
+    "trace_length",
+    "first_marker_prob",
+    "first_eos_prob",
+)
+"""All that `Evaluator.run` gives, whatever it is asked: ranks reduce their metrics together."""
+
 
 def matches(generated: str, reference: str, match: str) -> bool:
     """Whether an answer counts: `exact`, `last_word`, or `after:TEXT`; surrounding space never matters."""
@@ -41,7 +53,7 @@ class Evaluator:
     max_new_tokens: int
 
     def run(self, questions: Sequence[Example]) -> Metrics:
-        """(sum, count) of each `eval/` metric.
+        """(sum, count) of each `eval/` metric; of no questions, 0 and 0.
 
         accuracy: greedy answer after one sampled trace; accuracy_greedy: after the most likely trace;
         accuracy_direct: after the empty trace. answer_prob and answer_prob_no_trace: P(y*)^(1/T), the
@@ -49,11 +61,11 @@ class Evaluator:
         tokens of the sampled traces. first_marker_prob and first_eos_prob: probability that the trace ends at
         once, by the marker's first token or by the end of sequence; equal where an added marker was copied from EOS.
         """
-        sums: dict[str, list[torch.Tensor]] = {}
+        values: dict[str, list[torch.Tensor]] = {name: [torch.zeros(0)] for name in METRICS}
         for start in range(0, len(questions), self.cfg.batch_size):
             for key, value in self._batch(questions[start : start + self.cfg.batch_size]).items():
-                sums.setdefault(f"eval/{key}", []).append(value)
-        return {key: (torch.cat(v).double().sum(), torch.tensor(len(torch.cat(v)))) for key, v in sums.items()}
+                values[key].append(value.double())
+        return {f"eval/{key}": (torch.cat(v).double().sum(), torch.tensor(len(torch.cat(v)))) for key, v in values.items()}
 
     def _batch(self, questions: Sequence[Example]) -> dict[str, torch.Tensor]:
         sampled = self.traces.generate(self._request(questions, answers=[q.answer_ids for q in questions]))

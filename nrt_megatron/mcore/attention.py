@@ -61,6 +61,9 @@ class SDPACoreAttention(MegatronModule):
         if attention_mask is None and self.window and k.size(2) > self.window:
             rows = torch.arange(k.size(2), device=k.device)[None]
             attention_mask = hidden_columns(rows, rows, window=self.window)
+        heads = q.shape
+        if attention_mask is not None and q.is_cuda:
+            q, k, v = ungrouped(q, k, v)
         out = F.scaled_dot_product_attention(
             q,
             k,
@@ -70,7 +73,23 @@ class SDPACoreAttention(MegatronModule):
             scale=self.softmax_scale,
             enable_gqa=q.size(1) != k.size(1),
         )
-        return out.permute(2, 0, 1, 3).flatten(2)  # [sq, b, heads * d]
+        return out.reshape(*heads[:3], -1).permute(2, 0, 1, 3).flatten(2)  # [sq, b, heads * d]
+
+
+def ungrouped(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Grouped-query attention as plain one, [b, heads, s, d]: torch's memory-efficient kernel for GPUs takes masks, but
+    no groups, and the path it falls back to holds all scores in float32.
+
+    A single query, with one mask for all heads, is as many queries of a key's head as it has heads in the group;
+    where there are more, keys and values are repeated.
+    """
+    groups = query.size(1) // key.size(1)
+    if groups == 1:
+        return query, key, value
+    if query.size(2) == 1:
+        return query.reshape(query.size(0), key.size(1), groups, -1), key, value
+    key, value = (x[:, :, None].expand(-1, -1, groups, -1, -1).flatten(1, 2) for x in (key, value))
+    return query, key, value
 
 
 class CachingSelfAttention(SelfAttention):
@@ -110,10 +129,10 @@ def hidden_columns(
     A query that may see nothing (padding) is given its first column, so that no softmax is 0/0; its output
     is never read.
     """
-    distance = query_positions[:, :, None] - key_positions[:, None, :]  # [b, sq, sk]
-    hidden = distance < 0
+    # Positions are compared without their difference, which takes eight times the memory.
+    hidden = key_positions[:, None, :] > query_positions[:, :, None]  # [b, sq, sk]
     if window is not None:
-        hidden |= distance >= window
+        hidden |= key_positions[:, None, :] <= (query_positions - window)[:, :, None]
     if key_exists is not None:
         hidden |= ~key_exists[:, None, :]
     if branches is not None:

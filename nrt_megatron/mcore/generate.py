@@ -33,7 +33,8 @@ class MegatronGenerator:
                  stop_ids: tuple[int, ...], vocab_size: int, seed: int):  # fmt: skip
         self.runtime, self.chunks, self.cfg, self.seed = runtime, chunks, cfg, seed
         self.marker = torch.tensor(marker_ids, device=runtime.device)
-        self.stop = torch.tensor(sorted(set(stop_ids) - set(marker_ids)), device=runtime.device)
+        self.stop = torch.tensor(sorted(set(stop_ids) - set(marker_ids)), dtype=torch.int64, device=runtime.device)
+        self.marker_start = marker_ids[0]
         self.vocab_size = vocab_size
         self.batches_in_flight = runtime.pp_size
 
@@ -155,7 +156,7 @@ class _Batch:
             self._record(self.entropies, active, step, running, drawn.entropies)
             if step <= self.limit:
                 # If the trace ends here without the marker, this is the forced marker's first log-prob.
-                first = torch.log_softmax(logits.float(), dim=-1)[:, self.owner.marker[0]]
+                first = torch.log_softmax(logits.float(), dim=-1)[:, self.owner.marker_start]
                 self._record(self.marker_log_probs, active, 0, running, first)
         runtime = self.owner.runtime
         if runtime.tp_size * runtime.pp_size > 1:

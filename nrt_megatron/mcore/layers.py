@@ -30,7 +30,8 @@ class RMSNorm(torch.nn.RMSNorm):
     """
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5):
-        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        device = torch.device("meta" if config.init_model_with_meta_device else torch.cuda.current_device())
+        super().__init__(hidden_size, eps=eps, device=device, dtype=config.params_dtype)
         self.weight.sequence_parallel = config.sequence_parallel
 
 

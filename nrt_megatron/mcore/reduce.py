@@ -33,7 +33,7 @@ class StepMetrics:
             self.maxima[name] = max(float(value), float(self.maxima.get(name, -torch.inf)))
 
     def reduce(self, runtime: Runtime) -> dict[str, float]:
-        """The row of a step. Collective: every rank calls it; one rank of each model replica contributes.
+        """The row of a step. Collective: every rank calls it; to sums one rank of each model replica contributes.
 
         A mean without any count is left out: nothing happened that could be averaged.
         """
@@ -41,7 +41,7 @@ class StepMetrics:
         names, phases, peaks = sorted(self.sums), sorted(self.tokens), sorted(self.maxima)
         rows = [self.sums[n] for n in names] + [(self.tokens[p], 0.0) for p in phases]
         pairs = _table(rows, (0.0, 0.0), contributes).to(runtime.device)  # [names + phases, 2]
-        tops = _table([(self.maxima[n],) for n in peaks], (-torch.inf,), contributes).to(runtime.device)
+        tops = _table([(self.maxima[n],) for n in peaks], (-torch.inf,), True).to(runtime.device)
         dist.all_reduce(pairs)
         dist.all_reduce(tops, dist.ReduceOp.MAX)
         totals = pairs.tolist()

@@ -221,7 +221,7 @@ class Evaluation:
     num_questions: int = 128
     """The first so many rows of `data.validation`."""
     batch_size: int = 512
-    """Questions decoded together, over all data-parallel ranks."""
+    """Questions decoded together on a data-parallel rank."""
     max_answer_tokens: int = 64
     """Limit of a generated answer, in tokens."""
     match: str = "exact"
