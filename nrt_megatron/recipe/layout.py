@@ -121,6 +121,14 @@ def check_training_batch(recipe: Recipe) -> None:
         )
         valid = _nearest(_divisors(batch // dp), micro)
         raise ConfigError.at("policy.train_micro_batch_size", micro, problem, f"set {_listed(valid)}")
+    cfg = recipe.policy.megatron_cfg
+    pp, vpp = cfg.pipeline_model_parallel_size, cfg.virtual_pipeline_model_parallel_size
+    if vpp and batch // dp // micro % pp:  # Megatron's interleaved schedule takes them in groups of PP
+        problem = f"makes {batch // dp // micro} micro-batches an update, not a multiple of the {pp} pipeline stages"
+        valid = [n for n in _divisors(batch // dp) if batch // dp // n % pp == 0]
+        one_chunk = f"{_VPP} to null"
+        remedy = f"set {_listed(_nearest(valid, micro))}, or {one_chunk}" if valid else f"set {one_chunk}"
+        raise ConfigError.at("policy.train_micro_batch_size", micro, problem, remedy)
     traces = num_traces_per_prompt(recipe)
     if recipe.policy.sequence_packing.enabled and micro % traces:
         problem = f"cuts a packed prompt with its {traces} traces"

@@ -240,3 +240,21 @@ def test_run_dir_and_directories_in_place_of_files(place, tmp_path):
     assert "model/config.json is a file" in refusal(place("run_dir=model/config.json/run"), check_files)
     assert "is a directory" in refusal(place(f"{TP}=1", "data.train=model"), check_files)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "recipe.yaml", "train.jsonl"]
+
+
+@pytest.mark.parametrize("batch, micro, fits", [(16, 2, True), (16, 4, True), (16, 16, False), (24, 8, False)])
+def test_chunks_of_stages_take_micro_batches_in_groups_of_the_stages(load, batch, micro, fits):
+    """One replica of two stages; Megatron's interleaved schedule would end the run in its first update."""
+    recipe = load(
+        "policy.megatron_cfg={tensor_model_parallel_size: 1, pipeline_model_parallel_size: 2}",
+        "policy.megatron_cfg.virtual_pipeline_model_parallel_size=2",
+        "cluster.cpu_ranks=2",
+        "nrt.num_prompts_per_step=12" if batch == 24 else "nrt.num_prompts_per_step=8",
+        f"policy.train_global_batch_size={batch}",
+        f"policy.train_micro_batch_size={micro}",
+    )
+    if fits:
+        check(recipe)
+    else:
+        text = refusal(recipe)
+        assert text.startswith(f"policy.train_micro_batch_size = {micro}: makes {batch // micro} micro-batches an update")
