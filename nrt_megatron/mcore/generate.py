@@ -26,8 +26,9 @@ from nrt_megatron.recipe import Generation
 COMPACT_SHARE = 0.25
 """Ended rows leave the batch when they are this share of it: each departure costs a copy of the cache."""
 
+
 class MegatronGenerator:
-    """Implements `rollout.Generator` on model chunks of any tensor and pipeline layout."""
+    """Implements `data.traces.Generator` on model chunks of any tensor and pipeline layout."""
 
     def __init__(self, runtime: Runtime, chunks: list[PolicyModel], cfg: Generation, *, marker_ids: tuple[int, ...],
                  stop_ids: tuple[int, ...], vocab_size: int, seed: int):  # fmt: skip
