@@ -179,6 +179,33 @@ def plan(
 
 
 @app.command()
+def replay(
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="A directory below replay/ of a run.")],
+    overrides: Annotated[
+        Optional[list[str]], typer.Argument(metavar="[KEY=VALUE]...", help="Of the run's recipe.")
+    ] = None,
+) -> None:
+    """Run the batch with which a run stopped again, and print what is not finite.
+
+    In one process; under torchrun at the recipe's layout.
+    """
+    from pathlib import Path
+
+    from nrt_megatron import launch
+    from nrt_megatron.recipe import ConfigError, check, load_recipe
+
+    recipe = Path(directory) / "recipe.yaml"
+    if not recipe.is_file():
+        raise ConfigError(f"{directory}: holds no recipe.yaml; give a directory below replay/ of a run")
+    resolved = load_recipe(recipe, [], overrides or [])
+    check(resolved)
+    launch.prepare_environment(resolved, os.environ)
+    from nrt_megatron import replay as room
+
+    room.replay(Path(directory), resolved)
+
+
+@app.command()
 def convert(
     hf_dir: Annotated[
         str, typer.Argument(metavar="HF_DIR", help="Hugging Face directory of a Llama or Mistral model.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Optional
@@ -23,6 +23,7 @@ from nrt_megatron.mcore.policy import MegatronPolicy
 from nrt_megatron.mcore.reduce import StepMetrics, reduce_max
 from nrt_megatron.preflight import Inputs, load_inputs
 from nrt_megatron.recipe import ConfigError, Recipe, num_updates_per_step, print_notice, to_yaml
+from nrt_megatron.replay import NotFiniteError, replay_dir, write_batches
 from nrt_megatron.report import MetricsWriter, Progress, SamplesWriter, print_summary, read_metrics, samples_of
 from nrt_megatron.scoring import Scored
 
@@ -84,6 +85,7 @@ class Run:
     def _continue_from(self, directory: Path) -> None:
         meta = checkpoint.load(directory, self.policy)
         self.sampler.load_state_dict(meta.progress["sampler"])
+        self.policy.skipped_in_a_row = meta.progress["skipped_in_a_row"]
         self.step, self.last_checkpoint = meta.step, directory
 
     def __enter__(self) -> Run:
@@ -170,6 +172,25 @@ class Run:
             if writes and due:
                 self._samples.write(samples_of(scored, self.inputs.tokenizer, step, logger.samples_num_prompts))
 
+    @contextmanager
+    def replayable(self) -> Iterator[None]:
+        """Saves the batch and the weights of an update with which the run has to end, for `nrt replay`."""
+        try:
+            yield
+        except NotFiniteError as error:
+            directory = replay_dir(self.directory, self.step + 1)
+            place = self.runtime
+
+            def write(target: Path) -> None:
+                if place.rank == place.sampling_rank:
+                    write_batches(error.batches, target / f"batch_{place.dp_rank}.safetensors")
+
+            checkpoint.save_weights(directory, self.policy, self._meta("replay"), self._documents(), write)
+            limit = self.recipe.nrt.max_skipped_updates
+            problem = f"so many updates in a row had a loss or gradient that is not finite, the last in step {self.step + 1}"
+            remedy = f"look at it with nrt replay {directory}, or set a lower policy.optimizer.lr"
+            raise ConfigError.at("nrt.max_skipped_updates", limit, problem, remedy) from None
+
     def finish_step(self, metrics: StepMetrics) -> None:
         """Counts the step; evaluates, writes its row and saves a checkpoint, each if due."""
         self.step += 1
@@ -210,16 +231,23 @@ class Run:
             self.last_checkpoint = checkpoint.save(
                 self.directory / "checkpoints",
                 self.policy,
-                CheckpointMeta(
-                    self.step,
-                    self.runtime.world_size,
-                    self.inputs.shape.to_hf(),
-                    progress={"sampler": self.sampler.state_dict()},
-                ),
-                recipe_yaml=to_yaml(self.recipe),
-                save_tokenizer=self.inputs.tokenizer.save,
-                cfg=self.recipe.checkpointing,
+                self._meta("train"),
+                self._documents(),
+                self.recipe.checkpointing,
             )
+
+    def _meta(self, kind: str) -> CheckpointMeta:
+        progress = {"sampler": self.sampler.state_dict(), "skipped_in_a_row": self.policy.skipped_in_a_row}
+        return CheckpointMeta(self.step, self.runtime.world_size, self.inputs.shape.to_hf(), kind, progress)
+
+    def _documents(self) -> Callable[[Path], None]:
+        """Writes what makes a checkpoint readable by itself: recipe and tokenizer."""
+
+        def write(target: Path) -> None:
+            self.inputs.tokenizer.save(target / "tokenizer")
+            (target / "recipe.yaml").write_text(to_yaml(self.recipe))
+
+        return write
 
     def finish(self) -> bool:
         """Shows the summary of the whole run, or where it was left; returns whether it is complete."""

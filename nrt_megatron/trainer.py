@@ -13,7 +13,7 @@ def train(recipe: Recipe) -> bool:
     """Runs a recipe on this rank from where its run directory stands to `nrt.max_num_steps`.
 
     Returns whether it got there: False when a signal asked it to stop. Raises ConfigError for what the user can
-    mend (a full disk, a data row that turns out broken).
+    mend (a full disk, a data row that turns out broken, updates that are not finite).
     """
     with Run.start(recipe) as run:
         if run.step == 0:
@@ -28,7 +28,7 @@ def train(recipe: Recipe) -> bool:
                 scored = score(traces, recipe.nrt)  # c_i, b_i -> rewards -> group-relative advantages
                 grid = sequence_grid(scored, run.marker_ids)
                 run.note(scored)
-            with run.timed("update"):
+            with run.timed("update"), run.replayable():
                 metrics = update(run.policy, grid, recipe)
             run.finish_step(metrics)
         return run.finish()

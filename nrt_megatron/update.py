@@ -11,6 +11,7 @@ from nrt_megatron.mcore.policy import MegatronPolicy
 from nrt_megatron.mcore.reduce import StepMetrics
 from nrt_megatron.objective.loss import LOSS_MAXIMA, LOSS_METRICS, nrt_loss
 from nrt_megatron.recipe import Recipe, num_traces_per_prompt
+from nrt_megatron.replay import NotFiniteError
 
 
 def update(policy: MegatronPolicy, grid: SequenceGrid, recipe: Recipe) -> StepMetrics:
@@ -19,6 +20,9 @@ def update(policy: MegatronPolicy, grid: SequenceGrid, recipe: Recipe) -> StepMe
     The sequences of a mini-batch are cut into micro-batches by length; sums over tokens are divided once, by
     the loss normaliser and the number of sequences of the global mini-batch, so the result does not depend on
     the cut. Metrics of the loss are known on the last pipeline stage alone and zero counts elsewhere.
+
+    An update whose loss or gradient is not finite is skipped and counted. Raises NotFiniteError, on all ranks, when
+    `nrt.max_skipped_updates` were skipped in a row.
     """
     loss_fn = partial(nrt_loss, settings=recipe.nrt)
     plan = _mini_batches(policy, grid, recipe)
@@ -27,6 +31,8 @@ def update(policy: MegatronPolicy, grid: SequenceGrid, recipe: Recipe) -> StepMe
     total = StepMetrics()
     for batches in plan:
         done = policy.update(batches, loss_fn)
+        if policy.skipped_in_a_row >= recipe.nrt.max_skipped_updates:
+            raise NotFiniteError(batches)
         fed = sum(batch.tokens.numel() for batch in batches)
         used = sum(batch.num_tokens for batch in batches)
         total.add({name: (0.0, 0.0) for name in ("loss", *LOSS_METRICS)}, dict.fromkeys(LOSS_MAXIMA, -torch.inf))

@@ -21,6 +21,7 @@ ORDER = (
     "mcore",
     "rollout",
     "scoring",
+    "replay",
     "update",
     "evals",
     "report",

@@ -48,20 +48,42 @@ def _random_state() -> ShardedObject:
 
 
 def save(
-    directory: Path,
-    policy: MegatronPolicy,
-    meta: CheckpointMeta,
-    *,
-    recipe_yaml: str,
-    save_tokenizer: Callable[[Path], None],
-    cfg: Checkpointing,
+    directory: Path, policy: MegatronPolicy, meta: CheckpointMeta, documents: Callable[[Path], None], cfg: Checkpointing
 ) -> Path:
     """Writes `directory/step_N`, then the marker, then deletes checkpoints that need not be kept; returns its path.
 
-    Collective; `meta` is equal on all ranks. Raises StorageError on all of them when the disk is full or not
-    writable; the previous checkpoint is then still the latest.
+    Collective; `meta` is equal on all ranks. `documents` adds files to the directory it is given, on the main rank.
+    Raises StorageError on all ranks when the disk is full or not writable; the previous checkpoint then still is the
+    latest.
     """
-    final, main = step_dir(directory, meta.step), dist.get_rank() == 0
+    final = step_dir(directory, meta.step)
+    _write(final, meta, partial(_training_state, policy), documents, lambda _: None)
+    storage.together(directory, partial(_retire, final, cfg) if dist.get_rank() == 0 else lambda: None)
+    return final
+
+
+def save_weights(
+    final: Path,
+    policy: MegatronPolicy,
+    meta: CheckpointMeta,
+    documents: Callable[[Path], None],
+    parts: Callable[[Path], None],
+) -> None:
+    """Writes a checkpoint of the weights alone as `final`. Collective; raises StorageError on all ranks.
+
+    `parts` adds files to the directory it is given, on every rank.
+    """
+    _write(final, meta, partial(model_state, policy), documents, parts)
+
+
+def _write(
+    final: Path,
+    meta: CheckpointMeta,
+    state: Callable[[], dict[str, Any]],
+    documents: Callable[[Path], None],
+    parts: Callable[[Path], None],
+) -> None:
+    directory, main = final.parent, dist.get_rank() == 0
     # A name of its own for every attempt: what a killed one may still be writing does not get in here.
     name = [f".writing-{final.name}-{uuid.uuid4().hex[:8]}" if main else None]
     dist.broadcast_object_list(name)
@@ -71,23 +93,19 @@ def save(
     def on_main(action: Callable[..., None], *args: Any) -> None:
         on_all(partial(action, *args) if main else lambda: None)
 
-    def describe() -> None:
-        save_tokenizer(temporary / "tokenizer")
-        (temporary / "recipe.yaml").write_text(recipe_yaml)
-        (temporary / "meta.json").write_text(meta.to_json())
-
     try:
         on_main(_begin, temporary)
-        storage.write_state(_training_state(policy), temporary / "dist", on_all)
-        on_main(describe)
+        storage.write_state(state(), temporary / "dist", on_all)
+        on_all(partial(parts, temporary))
+        on_main(documents, temporary)
+        on_main((temporary / "meta.json").write_text, meta.to_json())
         sums = _gathered(on_all(partial(_checksums_of_own_files, temporary)))
         on_main(_write_manifest, temporary, sums)
-        on_main(_publish, temporary, final, cfg)
+        on_main(_publish, temporary, final)
     except StorageError:
         if main:
             checkpoints.clean(directory)  # makes room for the metrics of what comes next
         raise
-    return final
 
 
 def _training_state(policy: MegatronPolicy) -> dict[str, Any]:
@@ -106,13 +124,19 @@ def _begin(temporary: Path) -> None:
     (temporary / "dist").mkdir(parents=True)
 
 
-def _publish(temporary: Path, final: Path, cfg: Checkpointing) -> None:
-    """Gives a complete checkpoint its name, then the marker its, then lets older checkpoints go."""
+def _publish(temporary: Path, final: Path) -> None:
+    """Gives a complete checkpoint its name."""
     directory = final.parent
     if final.exists():  # a damaged one, which the run went back behind
         final.rename(directory / f".deleting-{final.name}")
     os.replace(temporary, final)
     storage.flush_one(directory)
+    checkpoints.clean(directory)
+
+
+def _retire(final: Path, cfg: Checkpointing) -> None:
+    """Gives a complete checkpoint the marker, then lets older ones go."""
+    directory = final.parent
     storage.replace_text(directory / LATEST, final.name)
     storage.flush_one(directory)
     checkpoints.prune(directory, checkpoints.step_of(final), cfg.keep_last, cfg.keep_every)

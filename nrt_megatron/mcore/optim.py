@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import ChainedOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from nrt_megatron.mcore.precision import has_te_fp8
 from nrt_megatron.recipe import Policy
 
 
-def build_optimizer(chunks: list[DistributedDataParallel], policy: Policy) -> MegatronOptimizer:
+class GuardedOptimizer(ChainedOptimizer):
+    """Leaves weights and moments as they are when the gradient is not finite; Megatron sees to that with fp16 alone.
+
+    Told by the gradient's norm, which clipping needs anyway and which is the same on all ranks: a gradient that is not
+    finite on one of them makes it so. `step` returns (False, None, None) then, and `grad_norm` holds the norm.
+    """
+
+    grad_norm = 0.0
+
+    def prepare_grads(self) -> bool:
+        """Whether the step is to be skipped."""
+        skip = super().prepare_grads()
+        self.grad_norm = super().get_grad_norm()
+        return skip or not math.isfinite(self.grad_norm)
+
+    def get_grad_norm(self) -> float:
+        """The norm that `prepare_grads` found, before clipping; `step` asks for it after that."""
+        return self.grad_norm
+
+
+def build_optimizer(chunks: list[DistributedDataParallel], policy: Policy) -> GuardedOptimizer:
     """AdamW in fp32 master precision, with gradient clipping by the global norm; norms are not decayed."""
     cfg, megatron = policy.optimizer, policy.megatron_cfg
     config = OptimizerConfig(
@@ -30,10 +52,12 @@ def build_optimizer(chunks: list[DistributedDataParallel], policy: Policy) -> Me
         fp8_recipe=megatron.fp8_recipe if has_te_fp8(megatron) else None,
         log_num_zeros_in_grad=False,
     )
-    return get_megatron_optimizer(config, chunks)
+    made = get_megatron_optimizer(config, chunks)
+    assert isinstance(made, ChainedOptimizer), "Megatron chains the optimizers of dense and expert weights"
+    return GuardedOptimizer(made.chained_optimizers)
 
 
-def build_scheduler(optimizer: MegatronOptimizer, policy: Policy, num_updates: int) -> OptimizerParamScheduler:
+def build_scheduler(optimizer: ChainedOptimizer, policy: Policy, num_updates: int) -> OptimizerParamScheduler:
     """Warm-up, then constant or decaying, counted in optimizer updates.
 
     It is stepped *before* each update, so that the first update already has a rate above 0.

@@ -69,7 +69,9 @@ def _forward_step(loss_fn: LossFunction | None, device: torch.device):
                     sampler_log_probs=batch.sampler_log_probs,
                 )
             )
-            return loss.loss_sum, count, replace(result, loss=loss.detached())
+            # The gradient of a loss that is not finite may well be; made NaN, it reaches all ranks with the gradient.
+            finite = loss.loss_sum.detach().isfinite()
+            return loss.loss_sum * torch.where(finite, 1.0, torch.nan), count, replace(result, loss=loss.detached())
 
         return output, reduce
 

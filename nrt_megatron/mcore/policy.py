@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from nrt_megatron.convert.config import ModelShape
@@ -15,7 +14,7 @@ from nrt_megatron.data.batch import MicroBatch
 from nrt_megatron.mcore import pipeline
 from nrt_megatron.mcore.hf import WeightSource, load_hf_weights
 from nrt_megatron.mcore.model import PolicyModel, build_chunks, use_transformer_engine, wrap_for_training
-from nrt_megatron.mcore.optim import build_optimizer, build_scheduler
+from nrt_megatron.mcore.optim import GuardedOptimizer, build_optimizer, build_scheduler
 from nrt_megatron.mcore.precision import describe, token_multiple
 from nrt_megatron.mcore.runtime import Runtime
 from nrt_megatron.recipe import Policy as PolicyRecipe
@@ -29,7 +28,7 @@ class Update:
     grad_norm: float
     lr: float
     applied: bool
-    """False when the gradient was not finite and the weights stayed as they were."""
+    """False when loss or gradient was not finite, and weights and optimizer stayed as they were."""
 
 
 class MegatronPolicy:
@@ -40,7 +39,9 @@ class MegatronPolicy:
         self.chunks: list[PolicyModel] = build_chunks(shape, recipe.megatron_cfg)
         self.num_updates = num_updates
         self.ddp: list[DistributedDataParallel] = []
-        self.optimizer: MegatronOptimizer
+        self.skipped_in_a_row = 0
+        """Updates since the last one that was applied."""
+        self.optimizer: GuardedOptimizer
         self.scheduler: OptimizerParamScheduler
 
     @property
@@ -75,18 +76,28 @@ class MegatronPolicy:
 
         Every data-parallel rank passes the same number of micro-batches of the same size.
         """
+        results = self.gradients(batches, loss_fn)
+        self.scheduler.step(1)
+        applied, _, _ = self.optimizer.step()
+        self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1
+        return Update(
+            results=results,
+            grad_norm=self.optimizer.grad_norm,
+            lr=self.optimizer.param_groups[0]["lr"],
+            applied=applied,
+        )
+
+    def gradients(self, batches: list[MicroBatch], loss_fn: pipeline.LossFunction) -> list[pipeline.MicroBatchResult]:
+        """Forward and backward alone: every parameter's `main_grad` is that of the global mini-batch."""
         for chunk in self.ddp:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        results = pipeline.run(self.ddp, batches, loss_fn, device=self.runtime.device)
-        self.scheduler.step(1)
-        applied, grad_norm, _ = self.optimizer.step()
-        return Update(
-            results=results,
-            grad_norm=float(grad_norm),
-            lr=self.optimizer.param_groups[0]["lr"],
-            applied=bool(applied),
-        )
+        return pipeline.run(self.ddp, batches, loss_fn, device=self.runtime.device)
+
+    def grad_norm(self) -> float:
+        """Norm of the gradients that are there, before clipping. Collective."""
+        self.optimizer.prepare_grads()
+        return self.optimizer.grad_norm
 
     def gather_weights(self) -> None:
         """Makes the weights whole on every data-parallel rank. Collective; to be called after the updates of a step.

@@ -65,7 +65,8 @@ def _reason(error: BaseException, directory: Path) -> str:
         if isinstance(seen, OSError) and seen.errno is not None:
             return f"{os.strerror(seen.errno)} ({errno.errorcode.get(seen.errno, seen.errno)})"
         seen = seen.__cause__ or seen.__context__
-    if shutil.disk_usage(directory).free < _FULL:
+    there = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    if shutil.disk_usage(there).free < _FULL:
         return f"{os.strerror(errno.ENOSPC)} (ENOSPC)"
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 

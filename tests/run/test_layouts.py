@@ -86,9 +86,8 @@ def reload(settings: Recipe, sources: Mapping[str, Path], target: Path) -> None:
             target / name,
             policy,
             replace(meta, world_size=place.world_size),
-            recipe_yaml="",
-            save_tokenizer=inputs.tokenizer.save,
-            cfg=Checkpointing(),
+            lambda directory: None,
+            Checkpointing(),
         )
 
 
