@@ -12,13 +12,14 @@ import warnings
 import torch
 
 # Megatron warns once per optional kernel library that is absent; which layers run is said in one line by
-# `runtime.describe`.
+# `MegatronPolicy.layers`.
 warnings.filterwarnings("ignore", module=r"megatron\..*")
 warnings.filterwarnings("ignore", message=r".*(Transformer Engine|Apex|apex).*")
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\..*")  # Megatron's calls
 logging.getLogger("megatron").setLevel(logging.ERROR)
 
-HAS_GPU = torch.cuda.is_available() and os.environ.get("NRT_DEVICE", "") != "cpu"
+# The variable first: a process that has asked for GPUs cannot fork ranks that use them.
+HAS_GPU = os.environ.get("NRT_DEVICE", "") != "cpu" and torch.cuda.is_available()
 
 if not HAS_GPU:
     from nrt_megatron.mcore import cpu

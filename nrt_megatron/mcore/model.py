@@ -124,12 +124,7 @@ class PolicyModel(GPTModel):
 
 def use_transformer_engine(cfg: Megatron) -> bool:
     """Whether the layers are Transformer Engine's. Raises ConfigError when asked for, or needed for FP8, and absent."""
-    try:
-        import transformer_engine.pytorch  # noqa: F401
-
-        present = HAS_GPU
-    except ImportError:
-        present = False
+    present = HAS_GPU and _can_import_transformer_engine()
     if not present and has_te_fp8(cfg):
         raise ConfigError(
             f"policy.megatron_cfg.fp8={cfg.fp8}: Transformer Engine (with a GPU) is not here; install the `gpu` extra, "
@@ -141,6 +136,14 @@ def use_transformer_engine(cfg: Megatron) -> bool:
             "here; install the `gpu` extra or set transformer_impl=local"
         )
     return present and cfg.transformer_impl != "local" and not cfg.fp8_emulation
+
+
+def _can_import_transformer_engine() -> bool:
+    try:
+        import transformer_engine.pytorch  # noqa: F401
+    except ImportError:
+        return False
+    return True
 
 
 def padded_vocab_size(vocab_size: int, cfg: Megatron) -> int:

@@ -17,14 +17,14 @@ ROWS, COLUMNS = 2, 16
 def measure(chunk: PolicyModel, shape: ModelShape) -> dict:
     """Sum of log-probs of fixed tokens, and the norm of every gradient by its name in Transformer Engine's layers."""
     load_hf_weights([chunk], shape, SeededWeights(shape, 1), 0, 1)
-    generator = torch.Generator().manual_seed(0)
+    generator, device = torch.Generator().manual_seed(0), next(chunk.parameters()).device
 
     def draw(*size: int) -> torch.Tensor:
-        return torch.randint(0, tiny.VOCAB, size, generator=generator)
+        return torch.randint(0, tiny.VOCAB, size, generator=generator).to(device)
 
-    positions = torch.arange(COLUMNS).expand(ROWS, COLUMNS)
+    positions = torch.arange(COLUMNS, device=device).expand(ROWS, COLUMNS)
     n = ROWS * COLUMNS
-    labels = ScoredTokens(torch.arange(n), draw(n), torch.ones(n))
+    labels = ScoredTokens(torch.arange(n, device=device), draw(n), torch.ones(n, device=device))
     log_probs, _ = chunk(draw(ROWS, COLUMNS), positions, None, labels=labels, shared_rows=True)
     log_probs.sum().backward()
     table = names.by_name(shape)
