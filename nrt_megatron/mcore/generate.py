@@ -20,7 +20,7 @@ from nrt_megatron.data.traces import EOS, LENGTH, MARKER, Generated, Request
 from nrt_megatron.mcore.kv_cache import KVCache, inference_mode
 from nrt_megatron.mcore.model import PolicyModel
 from nrt_megatron.mcore.runtime import Runtime
-from nrt_megatron.mcore.sampling import draw, uniforms
+from nrt_megatron.mcore.sampling import any_kernel, draw, uniforms
 from nrt_megatron.recipe import Generation
 
 COMPACT_SHARE = 0.25
@@ -35,9 +35,9 @@ class MegatronGenerator:
         self.runtime, self.chunks, self.cfg, self.seed = runtime, chunks, cfg, seed
         self.marker = torch.tensor(marker_ids, device=runtime.device)
         self.stop = torch.tensor(sorted(set(stop_ids) - set(marker_ids)), dtype=torch.int64, device=runtime.device)
-        self.marker_start = marker_ids[0]
         self.vocab_size = vocab_size
-        self.batches_in_flight = runtime.pp_size
+        # With virtual stages a turn visits every stage several times, so turns would not overlap.
+        self.batches_in_flight = runtime.pp_size if len(chunks) == 1 else 1
 
     def generate(self, request: Request) -> Generated:
         """Traces for every prompt of the request, in its order; the same on all ranks of a model replica.
@@ -149,7 +149,9 @@ class _Batch:
         if self.draws_here:
             logits, cfg = logits[:, : self.owner.vocab_size], self.owner.cfg
             uniform = None if self.uniform is None else self.uniform[active, step]
-            drawn = draw(logits, uniform, temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p)
+            drawn = draw(
+                logits, uniform, self.owner.marker[0], temperature=cfg.temperature, top_k=cfg.top_k, top_p=cfg.top_p
+            )
             tokens = drawn.tokens
             # Rows that ended earlier and have not left yet are computed and ignored.
             running = self.finish[active] < 0
@@ -157,8 +159,7 @@ class _Batch:
             self._record(self.entropies, active, step, running, drawn.entropies)
             if step <= self.limit:
                 # If the trace ends here without the marker, this is the forced marker's first log-prob.
-                first = torch.log_softmax(logits.float(), dim=-1)[:, self.owner.marker_start]
-                self._record(self.marker_log_probs, active, 0, running, first)
+                self._record(self.marker_log_probs, active, 0, running, drawn.watched)
         runtime = self.owner.runtime
         if runtime.tp_size * runtime.pp_size > 1:
             dist.broadcast(tokens, runtime.sampling_rank, group=parallel_state.get_model_parallel_group())
@@ -167,13 +168,15 @@ class _Batch:
     @staticmethod
     def _record(table: Tensor, rows: Tensor, column: int, running: Tensor, values: Tensor) -> None:
         """table[rows, column] = values where `running`; no boolean index, which would wait for the GPU."""
-        table[rows, column] = torch.where(running, values.to(table.dtype), table[rows, column])
+        with any_kernel():
+            table[rows, column] = torch.where(running, values.to(table.dtype), table[rows, column])
 
     def _finish(self, tokens: Tensor, active: Tensor, step: int) -> None:
         """Records the tokens of running rows and marks those that end: marker, end token or limit."""
         running = self.finish[active] < 0
         self._record(self.ids, active, step, running, tokens)
-        self.drawn[active] += running
+        with any_kernel():
+            self.drawn[active] += running
         ends = torch.full_like(active, -1)
         if step + 1 >= self.M:
             tail = self.ids[active, step + 1 - self.M : step + 1]  # [n, M]
@@ -182,7 +185,8 @@ class _Batch:
         if step + 1 > self.limit:
             # A trace of `limit` tokens may still be closed by the marker, but not go on.
             ends = torch.where((ends < 0) & ~self._tail_opens_marker(active, step), LENGTH, ends)
-        self.finish[active] = torch.where(running, ends, self.finish[active])
+        with any_kernel():
+            self.finish[active] = torch.where(running, ends, self.finish[active])
 
     def _tail_opens_marker(self, rows: Tensor, step: int) -> Tensor:
         """Whether what lies beyond the limit is, so far, the beginning of the marker; bool [n]."""

@@ -135,5 +135,6 @@ def token_log_probs(
     padding = min(max(start + rows - vocab_size, 0), rows)
     if not len(targets):
         nothing = (hidden.sum() + weight.sum()) * 0.0  # keeps the graph, so that every rank's backward runs
-        return hidden.new_zeros(0) + nothing, hidden.new_zeros(0) + nothing
+        empty = hidden.new_zeros(0, dtype=torch.promote_types(hidden.dtype, torch.float32)) + nothing
+        return empty, empty
     return _ChunkedLogProbs.apply(hidden, weight, targets, scale, _Shard(start, padding, group, chunk_size))

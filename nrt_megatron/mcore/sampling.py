@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 
 
+ROWS_AT_ONCE = 128
+
+
 @dataclass(frozen=True)
 class Draw:
     """One token per row."""
@@ -21,6 +24,8 @@ class Draw:
     """float32 [n], under the tempered distribution before top-k and top-p"""
     entropies: Tensor
     """float32 [n], of the same distribution, in nats"""
+    watched: Tensor
+    """float32 [n], log-prob of the watched token at temperature 1"""
 
 
 def uniforms(seed: int, step: int, prompt_indices: list[int], num_generations: int, num_tokens: int) -> Tensor:
@@ -50,8 +55,12 @@ def _truncate(probs: Tensor, top_k: int, top_p: float) -> Tensor:
 
 
 @contextlib.contextmanager
-def _any_kernel() -> Iterator[None]:
-    # torch lists CUDA's cumsum as nondeterministic for its flat form; along rows it is not, but it would raise.
+def any_kernel() -> Iterator[None]:
+    """Lets torch choose its kernels, for what is deterministic without being listed so.
+
+    Along rows CUDA's cumsum is; torch lists it for its flat form and would raise. Writing to distinct rows is;
+    the listed kernel would sort them first, for every token drawn.
+    """
     strict = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(False)
     try:
@@ -60,20 +69,42 @@ def _any_kernel() -> Iterator[None]:
         torch.use_deterministic_algorithms(strict)
 
 
-def draw(logits: Tensor, uniform: Tensor | None, *, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Draw:
+def draw(
+    logits: Tensor,
+    uniform: Tensor | None,
+    watched: Tensor,
+    *,
+    temperature: float,
+    top_k: int = 0,
+    top_p: float = 1.0,
+) -> Draw:
     """Draws by inversion of the cumulative distribution; `uniform` float64 [n] in [0, 1), None: most likely.
 
-    logits float [n, V], real vocabulary only. Greedy draws report the distribution at temperature 1.
+    logits float [n, V], real vocabulary only. watched: int64 scalar, a token whose log-prob at temperature 1 is
+    wanted as well. Greedy draws report the distribution at temperature 1. Rows are worked through in slices, which
+    bounds the buffers of [rows, V].
     """
-    log_probs = torch.log_softmax(logits.float() / (temperature if uniform is not None else 1.0), dim=-1)
+    parts = []
+    for first in range(0, len(logits), ROWS_AT_ONCE):
+        rows = slice(first, first + ROWS_AT_ONCE)
+        parts.append(_draw_rows(logits[rows], None if uniform is None else uniform[rows], watched, temperature, top_k, top_p))
+    return Draw(*(torch.cat(values) for values in zip(*parts, strict=True)))
+
+
+def _draw_rows(
+    logits: Tensor, uniform: Tensor | None, watched: Tensor, temperature: float, top_k: int, top_p: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    log_probs = plain = torch.log_softmax(logits.float(), dim=-1)
+    if uniform is not None and temperature != 1.0:
+        log_probs = torch.log_softmax(logits.float() / temperature, dim=-1)
     probs = log_probs.exp()
     entropies = -torch.where(probs > 0, probs * log_probs, 0.0).sum(-1)
     if uniform is None:
         tokens = log_probs.argmax(-1)
     else:
-        with _any_kernel():
+        with any_kernel():
             cumulative = _truncate(probs, top_k, top_p).double().cumsum(-1)  # [n, V]
             threshold = uniform.to(cumulative.device)[:, None] * cumulative[:, -1:]
             # First token whose cumulative mass exceeds the threshold; such a token has mass of its own.
             tokens = torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp(max=logits.size(1) - 1)
-    return Draw(tokens, log_probs.gather(1, tokens[:, None])[:, 0], entropies)
+    return tokens, log_probs.gather(1, tokens[:, None])[:, 0], entropies, plain.index_select(1, watched.view(1))[:, 0]

@@ -73,8 +73,10 @@ class RolloutBatch:
     def of(cls, recipe: Recipe, prompts_of_rank: int, lengths: Lengths) -> RolloutBatch:
         traces = num_traces_per_prompt(recipe)
         prompts = min(max(1, recipe.policy.generation.max_batch_size // traces), prompts_of_rank)
+        megatron = recipe.policy.megatron_cfg
+        turns = megatron.pipeline_model_parallel_size if megatron.virtual_pipeline_model_parallel_size is None else 1
         stages, batches = (
-            recipe.policy.megatron_cfg.pipeline_model_parallel_size,
+            turns,
             -(-prompts_of_rank // prompts),
         )
         generation = recipe.policy.generation
