@@ -144,14 +144,17 @@ def compare(exact: Measured, other: Measured, traces: int) -> dict[str, float]:
     spread = exact.scored.rewards.view(-1, traces).std(dim=1).mean()
     a, b = exact.scored.advantages.double(), other.scored.advantages.double()
     large = a.abs() > 0.1
-    g, h = (torch.cat([m.gradient[name].flatten() for name in exact.gradient]).double() for m in (exact, other))
+    pairs = [(exact.gradient[name], other.gradient[name]) for name in exact.gradient]
+    apart = sum(float((g - h).double().pow(2).sum()) for g, h in pairs)
+    along = sum(float((g.double() * h).sum()) for g, h in pairs)
+    size, other_size = (sum(float(pair[i].double().pow(2).sum()) for pair in pairs) for i in (0, 1))
     return {
         "log-prob": float((other.trace_log_probs - exact.trace_log_probs).abs().mean()),
         "reward": float((other.scored.rewards - exact.scored.rewards).pow(2).mean().sqrt() / spread),
         "advantage": float(torch.corrcoef(torch.stack([a, b]))[0, 1]),
         "signs": float((a.sign() != b.sign())[large].double().mean()),
-        "gradient": float((g - h).norm() / g.norm()),
-        "cosine": float(torch.nn.functional.cosine_similarity(g, h, dim=0)),
+        "gradient": (apart / size) ** 0.5,
+        "cosine": along / (size * other_size) ** 0.5,
     }
 
 
@@ -181,6 +184,7 @@ def main() -> int:
     gaps = ("gap, same", "largest", "gap, rollout without FP8", "largest") if args.gap else ()
     print(f"| precision | {' | '.join((*columns, *gaps))} |\n|{'---|' * (1 + len(columns) + len(gaps))}", flush=True)
     for name, fields in PRECISIONS.items():
+        policy = None  # frees the last one before the next is built
         try:
             policy = study.policy(fields)
         except ConfigError as error:

@@ -44,7 +44,8 @@ def transformer_fields(cfg: Megatron) -> dict[str, Any]:
         num_layers_at_start_in_bf16=cfg.num_layers_at_start_in_bf16,
         num_layers_at_end_in_bf16=cfg.num_layers_at_end_in_bf16,
     )
-    return edges if cfg.fp8_emulation else edges | dict(fp8=cfg.fp8, fp8_recipe=cfg.fp8_recipe, fp8_param=cfg.fp8_param)
+    names = ("fp8", "fp8_recipe", "fp8_param", "fp8_margin", "fp8_amax_history_len", "fp8_amax_compute_algo")
+    return edges if cfg.fp8_emulation else edges | {name: getattr(cfg, name) for name in names}
 
 
 def token_multiple(cfg: Megatron, packed: bool) -> int:

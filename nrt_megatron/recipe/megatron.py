@@ -32,7 +32,14 @@ class Megatron:
     """Linear layers in FP8: `e4m3`, `hybrid` (gradients in E5M2), or null. Needs Transformer Engine's layers, or
     `fp8_emulation`."""
     fp8_recipe: str = "delayed"
-    """Scaling: `tensorwise` (of the current tensor), `delayed`, `blockwise`, `mxfp8`."""
+    """Scaling: `tensorwise` (of the current tensor), `delayed`, `blockwise`, `mxfp8`. Block scales are powers of two,
+    unless Transformer Engine's variable NVTE_FP8_BLOCK_SCALING_FP32_SCALES is 1; `fp8_emulation` follows it."""
+    fp8_margin: int = 0
+    """With `delayed`: powers of two between the largest value and the end of the range."""
+    fp8_amax_history_len: int = 1
+    """With `delayed`: steps that the largest value is looked for in."""
+    fp8_amax_compute_algo: str = "most_recent"
+    """With `delayed`: `max` of the history, or its `most_recent` value."""
     fp8_param: bool = False
     """Keep the weights of linear layers in FP8 alone."""
     first_last_layers_bf16: bool = False

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from nrt_megatron.recipe.errors import ConfigError
-from nrt_megatron.recipe.schema import Recipe
+from nrt_megatron.recipe.schema import Megatron, Recipe
 
 _PREFIX = "policy.megatron_cfg."
 _NEED_FP8 = ("fp8_param", "first_last_layers_bf16", "fp8_emulation")
+_OF_DELAYED = ("fp8_margin", "fp8_amax_history_len", "fp8_amax_compute_algo")
 _REHEARSED = ("tensorwise", "blockwise")
 
 
@@ -20,6 +21,10 @@ def _refuse(recipe: Recipe, name: str, problem: str, remedy: str) -> None:
 def check_precision(recipe: Recipe) -> None:
     """Raises ConfigError for FP8 fields that would be ignored, or that Megatron refuses, together."""
     cfg, sampling = recipe.policy.megatron_cfg, recipe.policy.generation.fp8
+    for name in _OF_DELAYED:
+        default = getattr(Megatron, name)
+        if getattr(cfg, name) != default and (cfg.fp8 is None or cfg.fp8_recipe != "delayed"):
+            _refuse(recipe, name, f"only {_PREFIX}fp8_recipe delayed has it", f"set {default}")
     if cfg.fp8 is None:
         for name in _NEED_FP8:
             if getattr(cfg, name):

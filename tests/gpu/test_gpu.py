@@ -8,14 +8,18 @@ from dataclasses import replace
 import pytest
 import torch
 
+from nrt_megatron.checkpoints import CheckpointMeta
 from nrt_megatron.convert.config import ModelShape
+from nrt_megatron.convert.importer import import_hf
 from nrt_megatron.data import Example
 from nrt_megatron.data.batch import SequenceGrid, micro_batches
 from nrt_megatron.mcore import HAS_GPU, runtime
+from nrt_megatron.mcore import checkpoint as checkpoint_room
+from nrt_megatron.mcore.checkpoint import load_weights
 from nrt_megatron.mcore.generate import MegatronGenerator
 from nrt_megatron.mcore.model import build_chunks, use_transformer_engine
 from nrt_megatron.mcore.policy import MegatronPolicy
-from nrt_megatron.recipe import NRT, Megatron, Recipe
+from nrt_megatron.recipe import NRT, Checkpointing, Megatron, Recipe
 from nrt_megatron.rollout import rollout
 from nrt_megatron.scoring import score, sequence_grid
 from nrt_megatron.update import update
@@ -107,9 +111,8 @@ def settings(fields: dict, fp8: str = "same", weighted: bool = False) -> Recipe:
     return replace(recipe, nrt=nrt, policy=replace(policy, generation=replace(policy.generation, max_new_tokens=10, fp8=fp8)))
 
 
-def steps(directory, recipe: Recipe, number: int) -> list[dict[str, float]]:
+def steps(policy: MegatronPolicy, recipe: Recipe, number: int) -> list[dict[str, float]]:
     """Rows of whole steps: rollout, scoring, update."""
-    policy: MegatronPolicy = tiny.policy(directory, recipe)
     generator = MegatronGenerator(
         policy.runtime, policy.chunks, recipe.policy.generation, marker_ids=MARKER, stop_ids=STOP,
         vocab_size=tiny.VOCAB, seed=1,
@@ -141,7 +144,7 @@ def test_steps_on_nccl_and_the_gap_of_their_rollouts(llama, name):
     """The second step's gap shows whether a rollout sees the weights that the update left, FP8 copies of them too."""
     fields, bound = STEPS[name]
     needs(fields)
-    rows = steps(llama, settings(fields), 3)
+    rows = steps(tiny.policy(llama, settings(fields)), settings(fields), 3)
     for row in rows:
         assert row["update/skipped_share"] == 0 and row["grad_norm"] > 0
         assert row["logprob_gap/max"] < bound and row["ratio/mean"] == pytest.approx(1, abs=0.1)
@@ -152,9 +155,43 @@ def test_steps_on_nccl_and_the_gap_of_their_rollouts(llama, name):
 def test_a_rollout_in_bf16_of_a_trainer_in_fp8_is_weighed(llama):
     fields = {**TE, **HYBRID}
     needs(fields)
-    (row,) = steps(llama, settings(fields, fp8="none", weighted=True), 1)
+    recipe = settings(fields, fp8="none", weighted=True)
+    (row,) = steps(tiny.policy(llama, recipe), recipe, 1)
     assert row["ratio/mean"] == pytest.approx(1, abs=1e-3)
     assert 0.5 < row["rollout_weight/mean"] < 1.5 and row["logprob_gap/abs_mean"] > 1e-4
+
+
+def log_probs(policy: MegatronPolicy) -> torch.Tensor:
+    batches = micro_batches(tiny.grid(8), torch.arange(8), 2, temperature=1.0, pad_multiple=policy.pad_multiple)
+    return torch.cat([result.log_probs for result in policy.log_probs(batches)])
+
+
+@pytest.mark.parametrize("fields", [LOCAL, TE], ids=["local", "te"])
+def test_a_converted_checkpoint_loads(checkpoint, tmp_path, fields):
+    needs(fields)
+    import_hf(checkpoint, tmp_path / "converted", tokenizer=False)
+    policy = tiny.policy(checkpoint, tiny.recipe(**fields))
+    expected = log_probs(policy)
+    load_weights(tmp_path / "converted", policy)
+    assert torch.equal(log_probs(policy), expected)
+
+
+@pytest.mark.parametrize("name", ["te fp32", "te bf16 distopt", "te fp8 tensorwise", "te fp8 weights"])
+def test_a_run_goes_on_from_its_checkpoint(llama, tmp_path, name):
+    fields = STEPS[name][0]
+    needs(fields)
+    policy, recipe = tiny.policy(llama, settings(fields)), settings(fields)
+    steps(policy, recipe, 1)
+    meta = CheckpointMeta(1, 1, policy.shape.to_hf())
+    saved = checkpoint_room.save(tmp_path, policy, meta, lambda path: None, Checkpointing())
+    (expected,), left_at = steps(policy, recipe, 1), log_probs(policy)
+    runtime.shutdown()
+    again = tiny.policy(llama, recipe)
+    checkpoint_room.load(saved, again)
+    (row,) = steps(again, recipe, 1)
+    for key in ("loss", "grad_norm", "lr"):
+        assert row[key] == pytest.approx(expected[key], rel=1e-5), key
+    assert (log_probs(again) - left_at).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("fp8", [HYBRID, BLOCKS], ids=["tensorwise", "blockwise"])

@@ -302,6 +302,7 @@ def test_megatrons_own_fields_reach_it_and_the_rehearsal_stays_out_of_its_way():
     assert transformer_fields(cfg) == dict(
         fp8="hybrid", fp8_recipe="tensorwise", fp8_param=True, first_last_layers_bf16=True,
         num_layers_at_start_in_bf16=1, num_layers_at_end_in_bf16=1,
+        fp8_margin=0, fp8_amax_history_len=1, fp8_amax_compute_algo="most_recent",
     )  # fmt: skip
     assert "fp8" not in transformer_fields(Megatron(**TENSORWISE)) and transformer_fields(Megatron()) == {}
     assert describe(cfg) == "bf16, FP8 hybrid tensorwise"

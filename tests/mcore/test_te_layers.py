@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint import FileSystemReader
 
 from nrt_megatron.convert import names
 from nrt_megatron.convert.config import ModelShape
+from nrt_megatron.convert.importer import import_hf
 from nrt_megatron.mcore import runtime
 from nrt_megatron.mcore.model import build_chunks
 from nrt_megatron.mcore.precision import TE_LINEAR
@@ -51,6 +53,14 @@ def test_checkpoint_keys_are_what_the_converter_writes(name, tp):
         expected[parameter.key] = str([*layers, *padded(parameter, tp)])
     recorded = RECORDED["layers"][f"{name}, tp {tp}"]["checkpoint"]
     assert {key: shape for key, shape in recorded.items() if not key.endswith("._extra_state")} == expected
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_converter_writes_every_key(name, tmp_path):
+    import_hf(tiny.save_hf(CONFIGS[name], tmp_path / "hf"), tmp_path / "converted", tokenizer=False)
+    written = FileSystemReader(tmp_path / "converted" / "dist").read_metadata().state_dict_metadata
+    keys = {key.split("/")[0] for key in written}  # of states that are no tensors, `/shard_3_4`
+    assert keys == set(RECORDED["layers"][f"{name}, tp 1"]["checkpoint"])
 
 
 def rehearse(config: dict, bf16: bool) -> dict:

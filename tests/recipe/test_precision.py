@@ -28,6 +28,8 @@ REHEARSED = [f"{M}fp8=hybrid", f"{M}fp8_recipe=tensorwise", f"{M}fp8_emulation=t
         ([*GPU, f"{M}bf16=true", f"{M}fp8_param=true"], "use_distributed_optimizer=true"),
         ([f"{M}fp8_param=true"], "policy.megatron_cfg.fp8 to hybrid or e4m3"),
         ([f"{M}fp8_emulation=true"], "policy.megatron_cfg.fp8 is null"),
+        ([f"{M}fp8_amax_history_len=16"], "delayed"),
+        ([*REHEARSED, f"{M}fp8_amax_compute_algo=max"], "set most_recent"),
         (["policy.generation.fp8=none"], "policy.megatron_cfg.fp8 is null"),
         ([*GPU, f"{M}bf16=true", f"{M}fp8_param=true", "policy.generation.fp8=none"], "set same"),
         ([*REHEARSED, f"{M}fp8_recipe=delayed"], "set tensorwise or blockwise"),
