@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from nrt_megatron.mcore.fp8 import BLOCK, Scaling, _Fp8Matmul, dequantize, quantize, rehearsed_layers
+from nrt_megatron.mcore.model import use_transformer_engine
 from nrt_megatron.mcore.precision import describe, pad_tokens, rollout_precision, token_multiple, transformer_fields
-from nrt_megatron.recipe import NRT, Megatron
+from nrt_megatron.recipe import NRT, ConfigError, Megatron
 from nrt_megatron.update import update
 from tests.distributed import run_ranks
 from tests.mcore import test_layouts, test_on_policy, tiny
@@ -208,7 +209,7 @@ def test_a_scale_for_the_whole_batch_parts_sampler_and_trainer_and_the_gap_is_re
 def test_importance_sampling_takes_the_gap_out_of_the_ratio(checkpoint):
     (plain,) = run_ranks(1, sampled, checkpoint, BLOCKWISE, "none")
     assert plain["ratio/max"] > 1.01 and "rollout_weight/mean" not in plain
-    for world, layout in ((1, {}), (2, {PP: 2}), (2, {})):
+    for world, layout in ((1, {}), (2, {PP: 2, VPP: 2}), (2, {})):
         row = run_ranks(world, sampled, checkpoint, {**BLOCKWISE, **layout}, "none", True)[0]
         assert row["ratio/max"] == row["ratio/mean"] == 1  # the trainer's own log-probs, bit for bit
         assert row["logprob_gap/abs_mean"] == pytest.approx(plain["logprob_gap/abs_mean"], rel=1e-3)
@@ -321,6 +322,12 @@ def test_a_rollout_leaves_megatrons_config_as_it_was():
     with rollout_precision([chunk], "same"):
         assert chunk.config.fp8 == "hybrid"
     assert calls == ["weights are new"]
+
+
+def test_fp8_without_transformer_engine_is_refused_in_one_line():
+    with pytest.raises(ConfigError, match=r"fp8=hybrid: Transformer Engine .* rehearse it with fp8_emulation=true$"):
+        use_transformer_engine(Megatron(fp8="hybrid", bf16=True))
+    assert not use_transformer_engine(Megatron(**TENSORWISE))
 
 
 def test_nothing_of_fp8_is_on_by_default():
