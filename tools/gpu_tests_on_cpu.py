@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Runs the tests marked `gpu` without one, as far as they go: `tools/gpu_tests_on_cpu.py [-k EXPRESSION]`.
 
-On Transformer Engine's Python with stand-ins for its kernels (tools/te_standins.py): its linear layers in models, rollout
-on the cache, FP8 with its reference quantizer in the place of tensorwise scaling, kept FP8 weights. Not CUDA, NCCL, its
-kernels, its other scalings, or weights in FP8.
+On Transformer Engine's Python with stand-ins for its kernels (tools/te_standins.py): its linear layers in models,
+rollout on the cache, FP8 with its reference quantizer in the place of tensorwise scaling, kept FP8 weights. Not CUDA,
+NCCL, its kernels, its other scalings, or weights in FP8.
 """
 
 from __future__ import annotations

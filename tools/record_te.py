@@ -2,8 +2,8 @@
 """Records what Transformer Engine's layers hold and compute: `tools/record_te.py tests/mcore/te_layers.json`.
 
 No GPU is needed; tools/te_standins.py says what has to be installed. Tests compare the conversion table and the FP8
-rehearsal with the file: names and shapes of the state dict and of the checkpoint's keys for Llama and Mistral, at tensor
-parallel 1 and 2, and for a forward and backward in FP8 the sum of log-probs and the norms of gradients.
+rehearsal with the file: names and shapes of the state dict and of the checkpoint's keys for Llama and Mistral, at
+tensor parallel 1 and 2, and for a forward and backward in FP8 the sum of log-probs and the norms of gradients.
 """
 
 from __future__ import annotations
@@ -48,12 +48,16 @@ def record() -> dict[str, Any]:
             stored = chunk.sharded_state_dict(metadata=None)
             apply_factories(stored)
             keys = {value.key: str(list(value.global_shape)) for value in _flat(stored)}
-            state = {key: value if value is None else str(list(value.shape)) for key, value in chunk.state_dict().items()}
+            state = {
+                key: value if value is None else str(list(value.shape)) for key, value in chunk.state_dict().items()
+            }
             out["layers"][f"{name}, tp {tp}"] = {"state": state, "checkpoint": keys}
             if tp == 1:
                 fp8 = dict(fp8="hybrid", fp8_recipe="custom", fp8_quantizer_factory=te_standins.REFERENCE)
                 for dtype in ("bf16", "fp32"):
-                    (chunk,) = model.build_chunks(shape, Megatron(make_vocab_size_divisible_by=8, bf16=dtype == "bf16"), **fp8)
+                    (chunk,) = model.build_chunks(
+                        shape, Megatron(make_vocab_size_divisible_by=8, bf16=dtype == "bf16"), **fp8
+                    )
                     out["fp8"][f"{name}, {dtype}"] = te_case.measure(chunk, shape)
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()

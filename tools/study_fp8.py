@@ -9,9 +9,9 @@ advantages and the gradient of the loss of them, and is compared with float32:
     advantage  correlation, and the share whose sign is another one (of those above 0.1 in size)
     gradient   norm of the difference over the norm, and cosine, over all weights
 
-`--gap` samples again in each precision and prints the log-prob gap between rollout and training, for rollouts in it and
-in the dtype of the other layers. All on this machine and on one rank, whatever layout the recipe has: a shard of a weight
-would have a scale of its own. Linear layers only; FP8 is rehearsed (nrt_megatron/mcore/fp8.py).
+`--gap` samples again in each precision and prints the log-prob gap between rollout and training, for rollouts in it
+and in the dtype of the other layers. All on this machine and on one rank, whatever layout the recipe has: a shard of a
+weight would have a scale of its own. Linear layers only; FP8 is rehearsed (nrt_megatron/mcore/fp8.py).
 """
 
 from __future__ import annotations
@@ -193,7 +193,7 @@ def main() -> int:
         traces = traces or study.sample(policy)
         measured = study.measure(policy, traces)
         exact = exact or measured
-        row = [f"{value:.4f}" for value in compare(exact, measured, study.recipe.nrt.num_generations_per_prompt).values()]
+        row = [f"{v:.4f}" for v in compare(exact, measured, study.recipe.nrt.num_generations_per_prompt).values()]
         if args.gap:
             pairs = [study.gap(policy, "same"), study.gap(policy, "none") if "fp8" in fields else ("", "")]
             row += [f"{value:.1e}" if value != "" else "" for pair in pairs for value in pair]

@@ -2,11 +2,12 @@
 
 For tools/record_te.py and tools/gpu_tests_on_cpu.py, in an environment of their own that also sees this project's:
 
-    pip install --no-deps transformer-engine==2.11.0 pydantic importlib-metadata zipp einops onnx onnxscript onnx-ir ml-dtypes
+    pip install --no-deps transformer-engine==2.11.0 pydantic importlib-metadata zipp einops \\
+        onnx onnxscript onnx-ir ml-dtypes
 
-Its modules, FP8 state and reference quantizer run as they are. Stand-ins: the compiled module (its names; a kernel that is
-called and has no stand-in raises), RMSNorm, the product of matrices that are not in FP8, norm and scaling of gradients,
-Triton, and the answers of a Hopper GPU. Its asserts that tensors are on a GPU must be off: `python -O`.
+Its modules, FP8 state and reference quantizer run as they are. Stand-ins: the compiled module (its names; a kernel
+that is called and has no stand-in raises), RMSNorm, the product of matrices that are not in FP8, norm and scaling of
+gradients, Triton, and the answers of a Hopper GPU. Its asserts that tensors are on a GPU must be off: `python -O`.
 """
 
 from __future__ import annotations
@@ -92,7 +93,9 @@ def _rmsnorm_backward(dy: Tensor, x: Tensor, reciprocal: Tensor, weight: Tensor,
     return dx.to(x.dtype), (dy.float() * unit).sum(0).to(weight.dtype)
 
 
-def _product(a: Tensor, transpose_a: bool, b: Tensor, transpose_b: bool, out, quantizer, dtype, *rest: Any, **more: Any):
+def _product(
+    a: Tensor, transpose_a: bool, b: Tensor, transpose_b: bool, out, quantizer, dtype, *rest: Any, **more: Any
+):
     """op(b) @ op(a), tokens flattened; added to `out` where the last but one argument of `rest` says so."""
     from transformer_engine.pytorch.constants import TE_DType
 
@@ -146,5 +149,3 @@ def pretend_hopper() -> None:
     torch.cuda.is_current_stream_capturing = lambda: False
     torch.cuda.get_device_properties = lambda device=None: types.SimpleNamespace(major=9, minor=0)
     torch.cuda.get_device_capability = lambda device=None: (9, 0)
-
-

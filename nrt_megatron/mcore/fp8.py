@@ -1,20 +1,21 @@
 """FP8 rehearsed on Megatron's local linear layers: the rounding of Transformer Engine, without its speed.
 
-Every operand of the three matrix products of a linear layer is scaled, cast to an 8-bit float and multiplied in float32:
+Every operand of the three matrix products of a linear layer is scaled, cast to an 8-bit float and multiplied in
+float32:
 
     forward           y  = q(x) q(W)^T          q(x): rows of tokens
     data gradient     dx = q(dy) q(W)
     weight gradient   dW = q'(dy)^T q'(x)       q': the same, but blocks run along the tokens
 
-The scale maps the largest magnitude of a block to the largest 8-bit number (scaling of the current tensor, no history).
-`tensorwise`: the whole tensor is one block (Transformer Engine's `Float8CurrentScaling`), and q' = q. `blockwise`:
-weights in blocks of 128 x 128, activations and gradients in runs of 128 along the summed axis (`Float8BlockScaling`), so
-that q' starts again from the tensor as it was. `e4m3` forward and, in `hybrid`, `e5m2` for gradients: P. Micikevicius et
-al., FP8 Formats for Deep Learning, arXiv 2209.05433.
+The scale maps the largest magnitude of a block to the largest 8-bit number (scaling of the current tensor, no
+history). `tensorwise`: the whole tensor is one block (Transformer Engine's `Float8CurrentScaling`), and q' = q.
+`blockwise`: weights in blocks of 128 x 128, activations and gradients in runs of 128 along the summed axis
+(`Float8BlockScaling`), so that q' starts again from the tensor as it was. `e4m3` forward and, in `hybrid`, `e5m2` for
+gradients: P. Micikevicius et al., FP8 Formats for Deep Learning, arXiv 2209.05433.
 
 A block is a rank's own: as in Transformer Engine, a shard of a weight has its own scale, and results depend, within
-rounding, on the layout and (tensorwise) on what else is in the batch. Attention, norms, embedding and output layer stay as
-they are.
+rounding, on the layout and (tensorwise) on what else is in the batch. Attention, norms, embedding and output layer
+stay as they are.
 """
 
 from __future__ import annotations
@@ -73,8 +74,8 @@ def _flat(tiles: Tensor, shape: torch.Size) -> Tensor:
 
 
 def _scale(amax: Tensor, dtype: torch.dtype, of: torch.dtype, power_of_2: bool) -> Tensor:
-    """Scale of a block with the largest magnitude `amax`, as Transformer Engine defines it at the edges: 1 for zeros, the
-    largest number of the tensor's own dtype `of` where the quotient overflows."""
+    """Scale of a block with the largest magnitude `amax`, as Transformer Engine defines it at the edges: 1 for zeros,
+    the largest number of the tensor's own dtype `of` where the quotient overflows."""
     # torch.div, and not `max / amax`, which multiplies by a reciprocal and rounds twice.
     scale = torch.div(torch.finfo(dtype).max, amax)
     scale = torch.where(scale == torch.inf, torch.finfo(of).max, scale)
@@ -87,7 +88,7 @@ def _scale(amax: Tensor, dtype: torch.dtype, of: torch.dtype, power_of_2: bool) 
 
 @dataclass(frozen=True)
 class Scaling:
-    """How the operands of a linear layer become 8-bit floats. All methods: float [m, k] -> what is multiplied, float32."""
+    """How the operands of a linear layer become 8-bit floats. Methods: float [m, k] -> what is multiplied, float32."""
 
     forward_dtype: torch.dtype
     backward_dtype: torch.dtype
@@ -129,7 +130,7 @@ class Scaling:
 
 
 class _Fp8Matmul(torch.autograd.Function):
-    """x [..., k], weight [n, k], and the weight rounded beforehand, float32 [n, k], or None -> [..., n] in x's dtype."""
+    """x [..., k], weight [n, k], and the weight rounded beforehand, float32 [n, k], or None -> [..., n] like x."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, scaling: Scaling, rounded_weight: Tensor | None) -> Tensor:
@@ -162,7 +163,9 @@ class _Rehearsed:
         self.kept: list[Tensor] | None = None
         """The rounded weight while weights do not change, once it is needed; None: it is rounded at every use."""
 
-    def _forward_impl(self, input: Tensor, weight: Tensor, *, bias, allreduce_dgrad, sequence_parallel, tp_group, **options):
+    def _forward_impl(
+        self, input: Tensor, weight: Tensor, *, bias, allreduce_dgrad, sequence_parallel, tp_group, **options
+    ):
         if self.scaling is None:
             options |= dict(allreduce_dgrad=allreduce_dgrad, sequence_parallel=sequence_parallel, tp_group=tp_group)
             return super()._forward_impl(input=input, weight=weight, bias=bias, **options)

@@ -1,7 +1,8 @@
-"""Which number formats the layers run in: Megatron's FP8 fields, the precision of a rollout, and what FP8 asks of shapes.
+"""Which number formats the layers run in: Megatron's FP8 fields, the precision of a rollout, and what FP8 asks of
+shapes.
 
-What concerns Transformer Engine here follows Megatron-Core 0.16.1 and Transformer Engine 2.11 as documented and read; it
-has not run on a GPU.
+What concerns Transformer Engine follows Megatron-Core 0.16.1 and Transformer Engine 2.11 as documented and read. It has
+run on Transformer Engine's Python with stand-ins for its kernels (tools/gpu_tests_on_cpu.py), and not on a GPU.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def token_multiple(cfg: Megatron, packed: bool) -> int:
 
 @contextlib.contextmanager
 def rollout_precision(chunks: list[torch.nn.Module], fp8: str) -> Iterator[None]:
-    """Linear layers as a rollout wants them: `fp8` is `same` as in training, or `none`. Weights must not change inside."""
+    """Linear layers as a rollout wants them: `fp8` is `same` as in training, or `none`. No weight may change inside."""
     with contextlib.ExitStack() as stack:
         for chunk in chunks:
             for layer in rehearsed_layers(chunk):
@@ -94,8 +95,8 @@ def pad_tokens(module: torch.nn.Module, multiple: int) -> tuple[Any, Any]:
     """Hooks that feed a linear layer its tokens [s, b, h] as [s * b filled up with zeros to `multiple`, 1, h], and give
     [s, b, n] back.
 
-    Megatron's own `prepare_model_for_fp8_inference` pads s alone, which makes 16 tokens of each one that is drawn. Tokens
-    must be whole on the rank: not for sequence parallelism.
+    Megatron's own `prepare_model_for_fp8_inference` pads s alone, which makes 16 tokens of each one that is drawn.
+    Tokens must be whole on the rank: not for sequence parallelism.
     """
     shapes: list[torch.Size] = []
 

@@ -41,7 +41,10 @@ def check_precision(recipe: Recipe) -> None:
 
 
 def _check_transformer_engine(recipe: Recipe) -> None:
-    cfg, rehearse = recipe.policy.megatron_cfg, "set null, or rehearse it with fp8_emulation=true and fp8_recipe=tensorwise"
+    cfg, rehearse = (
+        recipe.policy.megatron_cfg,
+        "set null, or rehearse it with fp8_emulation=true and fp8_recipe=tensorwise",
+    )
     if not recipe.cluster.gpus_per_node:
         _refuse(recipe, "fp8", "Transformer Engine needs a GPU, and cluster.gpus_per_node is 0", rehearse)
     if not cfg.bf16:
@@ -60,7 +63,12 @@ def _check_rehearsal(recipe: Recipe) -> None:
         remedy = f"set it to false, or {_PREFIX}transformer_impl=local"
         _refuse(recipe, "fp8_emulation", "Transformer Engine's layers have FP8 itself", remedy)
     if cfg.fp8_recipe not in _REHEARSED:
-        _refuse(recipe, "fp8_recipe", "not among the scalings that fp8_emulation rehearses", f"set {' or '.join(_REHEARSED)}")
+        _refuse(
+            recipe,
+            "fp8_recipe",
+            "not among the scalings that fp8_emulation rehearses",
+            f"set {' or '.join(_REHEARSED)}",
+        )
     if cfg.fp8_param:
         _refuse(recipe, "fp8_param", "fp8_emulation rounds weights that stay as they are", "set false")
 
@@ -68,8 +76,8 @@ def _check_rehearsal(recipe: Recipe) -> None:
 def check_precision_shape(recipe: Recipe, config: Mapping[str, Any], source: str) -> None:
     """Whether FP8 fits a Hugging Face `config.json` with valid sizes. Raises ConfigError.
 
-    Some layers are left to run in it, Megatron wants those left out at an end to be of one stage, and Transformer Engine's
-    FP8 products want sides that are multiples of 16 on every tensor-parallel rank.
+    Some layers are left to run in it, Megatron wants those left out at an end to be of one stage, and Transformer
+    Engine's FP8 products want sides that are multiples of 16 on every tensor-parallel rank.
     """
     cfg, sizes = recipe.policy.megatron_cfg, {k: v for k, v in config.items() if type(v) is int and v > 0}
     if cfg.fp8 is None:

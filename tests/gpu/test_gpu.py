@@ -12,7 +12,7 @@ from nrt_megatron.checkpoints import CheckpointMeta
 from nrt_megatron.convert.config import ModelShape
 from nrt_megatron.convert.importer import import_hf
 from nrt_megatron.data import Example
-from nrt_megatron.data.batch import SequenceGrid, micro_batches
+from nrt_megatron.data.batch import SequenceGrid, micro_batch, micro_batches
 from nrt_megatron.mcore import HAS_GPU, runtime
 from nrt_megatron.mcore import checkpoint as checkpoint_room
 from nrt_megatron.mcore.checkpoint import load_weights
@@ -93,7 +93,7 @@ def test_forward_equals_transformers(checkpoint, fields, bound):
     grid = replace(tiny.grid(8), eos_ended=torch.zeros(8, dtype=torch.bool))
     rows = torch.arange(8)
     results = policy.log_probs(
-        [b for row in rows.split(1) for b in micro_batches(grid, row, 1, temperature=1.0, pad_multiple=policy.pad_multiple)]
+        [micro_batch(grid, row, temperature=1.0, pad_multiple=policy.pad_multiple) for row in rows.split(1)]
     )
     for expected, got in zip(transformers_log_probs(checkpoint, grid), results, strict=True):
         assert (got.log_probs.cpu() - expected).abs().max() < bound
@@ -108,7 +108,9 @@ def settings(fields: dict, fp8: str = "same", weighted: bool = False) -> Recipe:
         reward_scheme="geometric_mean",
         rollout_importance_sampling=weighted,
     )
-    return replace(recipe, nrt=nrt, policy=replace(policy, generation=replace(policy.generation, max_new_tokens=10, fp8=fp8)))
+    return replace(
+        recipe, nrt=nrt, policy=replace(policy, generation=replace(policy.generation, max_new_tokens=10, fp8=fp8))
+    )
 
 
 def steps(policy: MegatronPolicy, recipe: Recipe, number: int) -> list[dict[str, float]]:

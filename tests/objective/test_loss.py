@@ -253,7 +253,8 @@ def test_a_sampler_that_is_the_trainer_has_weight_one():
 
 
 def test_an_impossible_token_of_the_sampler_is_finite():
-    tokens = replace(batch([(-1.0, -1.0, 1.0, 0.0, TRACE, 0)], dtype=torch.float32), sampler_log_probs=torch.tensor([-500.0]))
+    tokens = batch([(-1.0, -1.0, 1.0, 0.0, TRACE, 0)], dtype=torch.float32)
+    tokens = replace(tokens, sampler_log_probs=torch.tensor([-500.0]))
     assert gradient(nrt_loss(tokens, ONE), tokens) == pytest.approx([-2.0])
 
 
@@ -274,9 +275,7 @@ def test_any_split_into_micro_batches_adds_up_to_the_same(preset, size, weighted
     got = torch.autograd.grad(total, tokens.log_probs)[0]
     torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
     for name, (value, count) in whole.metrics.items():
-        assert sum(float(out.metrics[name][0]) for out in outs) == pytest.approx(float(value), abs=1e-12), (
-            name
-        )
+        assert sum(float(out.metrics[name][0]) for out in outs) == pytest.approx(float(value), abs=1e-12), name
         assert sum(float(out.metrics[name][1]) for out in outs) == float(count), name
     for name, value in whole.maxima.items():
         assert max(float(out.maxima[name]) for out in outs) == float(value), name

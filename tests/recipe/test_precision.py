@@ -44,7 +44,12 @@ def test_fp8_fields_that_megatron_would_ignore_are_refused(load, overrides, mess
 
 def test_fp8_runs_on_transformer_engine_or_rehearsed(load):
     edges = [f"{M}fp8_recipe=tensorwise", f"{M}first_last_layers_bf16=true"]
-    for recipe in (load(*GPU, f"{M}bf16=true", *edges), load(*REHEARSED, *edges), load(*REHEARSED, "policy.generation.fp8=none")):
+    for overrides in (
+        [*GPU, f"{M}bf16=true", *edges],
+        [*REHEARSED, *edges],
+        [*REHEARSED, "policy.generation.fp8=none"],
+    ):
+        recipe = load(*overrides)
         check(recipe)
 
 
@@ -78,7 +83,7 @@ def test_embedding_and_output_layer_count_as_layers(load):
 
 def test_a_training_step_needs_policy_and_cluster_alone(write):
     path = write(
-        f"policy: {{train_global_batch_size: 6, megatron_cfg: {{tensor_model_parallel_size: 2}}, model: {{}}}}\n"
+        "policy: {train_global_batch_size: 6, megatron_cfg: {tensor_model_parallel_size: 2}, model: {}}\n"
         "cluster: {gpus_per_node: 0, cpu_ranks: 4}\n"
     )
     with pytest.raises(ConfigError, match=r"data.train"):
