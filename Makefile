@@ -2,12 +2,13 @@
 # make test     environment, then the tests
 # make setup    environment alone: .venv with the package, editable
 # make smollm2  a real pretrained model: fetched, converted, trained, exported, generated from (10 minutes)
+# make torture  50 kills of the tiny run: nothing is lost, and it ends bit for bit as an undisturbed one
 # make gpu-check  the tests that need an NVIDIA GPU
 # make lint     ruff; make gpu-check: the tests that need a GPU; make clean: all but runs/
 # ARGS="..." goes to nrt train or pytest; TORCH="torch" installs another build, e.g. the CUDA one.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test smollm2 lint gpu-check clean
+.PHONY: help setup train test torture smollm2 lint gpu-check clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -38,6 +39,9 @@ train: setup
 # One OpenMP thread a process: tests start ranks of their own, and repeats are equal with one thread.
 test: setup
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest $(ARGS)
+
+torture: setup
+	$(BIN)/python tools/torture.py $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

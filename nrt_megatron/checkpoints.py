@@ -53,12 +53,16 @@ class CheckpointMeta:
         try:
             meta = json.loads(path.read_text())
         except (OSError, ValueError):
-            raise ConfigError(f"{path}: not readable; give a checkpoint written by `nrt train` or `nrt convert`") from None
+            raise ConfigError(
+                f"{path}: not readable; give a checkpoint written by `nrt train` or `nrt convert`"
+            ) from None
         if not isinstance(meta, dict) or meta.get("format") != FORMAT:
             found = meta.get("format") if isinstance(meta, dict) else None
             raise ConfigError(f"{path}: format {found!r} is not {FORMAT!r}; convert the checkpoint again")
         try:
-            return cls(**{key: meta[key] for key in ("step", "world_size", "model", "kind")}, progress=meta.get("progress", {}))
+            return cls(
+                **{key: meta[key] for key in ("step", "world_size", "model", "kind")}, progress=meta.get("progress", {})
+            )
         except KeyError as error:
             raise ConfigError(f"{path}: has no {error}; convert the checkpoint again") from None
 

@@ -71,9 +71,7 @@ def train(
     launch.adopt_slurm(os.environ)
     speaks = launch.is_first_rank(os.environ)
     try:
-        resolved = load_recipe(
-            recipe, config or [], overrides or [], print_notice if speaks else lambda _: None
-        )
+        resolved = load_recipe(recipe, config or [], overrides or [], print_notice if speaks else lambda _: None)
         check(resolved)
         _check_preparation(resolved)
         if dry_run:
@@ -210,14 +208,10 @@ def convert(
     hf_dir: Annotated[
         str, typer.Argument(metavar="HF_DIR", help="Hugging Face directory of a Llama or Mistral model.")
     ],
-    out_dir: Annotated[
-        str, typer.Argument(metavar="OUT_DIR", help="New directory for the Megatron checkpoint.")
-    ],
+    out_dir: Annotated[str, typer.Argument(metavar="OUT_DIR", help="New directory for the Megatron checkpoint.")],
     add_token: Annotated[
         Optional[list[str]],
-        typer.Option(
-            "--add-token", metavar="T", help="Token to add to tokenizer and embeddings; repeatable."
-        ),
+        typer.Option("--add-token", metavar="T", help="Token to add to tokenizer and embeddings; repeatable."),
     ] = None,
     init_from: Annotated[
         str, typer.Option("--init-from", metavar="X", help="Rows of added tokens: eos, mean, or a text.")

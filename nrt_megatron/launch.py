@@ -74,9 +74,7 @@ def check_ranks(recipe: Recipe, env: Mapping[str, str]) -> None:
         return
     if cluster.num_nodes > 1:
         remedy = "start nrt train on every node with srun or torchrun, or set cluster.num_nodes=1"
-        raise ConfigError.at(
-            "cluster.num_nodes", cluster.num_nodes, "ranks are started on this machine alone", remedy
-        )
+        raise ConfigError.at("cluster.num_nodes", cluster.num_nodes, "ranks are started on this machine alone", remedy)
     if cluster.gpus_per_node:
         import torch
 
@@ -171,9 +169,7 @@ def _report(failures: Mapping[int, ProcessFailure]) -> int:
         if stopping.UNFINISHED not in codes.values():  # ranks that the signal ended had not started to heed it
             print(f"nrt: ended by {asked.name} before the run had started", file=sys.stderr)
         return stopping.UNFINISHED
-    first = {
-        rank: code for rank, code in codes.items() if code != -signal.SIGTERM
-    }  # those the launcher ended
+    first = {rank: code for rank, code in codes.items() if code != -signal.SIGTERM}  # those the launcher ended
     said = [f"rank {rank} {_ending(code)}" for rank, code in (first or codes).items()]
     print(f"nrt: {', '.join(said[:4])}{' and others' if len(said) > 4 else ''}", file=sys.stderr)
     return 1

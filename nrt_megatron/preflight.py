@@ -121,6 +121,8 @@ def _tokenizer_dir(recipe: Recipe) -> Path:
     if recipe.policy.tokenizer.path:
         return Path(recipe.policy.tokenizer.path)
     if recipe.policy.model.path is None:
-        raise ConfigError("policy.tokenizer.path is not set; name a tokenizer directory for the inline policy.model.config")
+        raise ConfigError(
+            "policy.tokenizer.path is not set; name a tokenizer directory for the inline policy.model.config"
+        )
     path = Path(recipe.policy.model.path)
     return path / "tokenizer" if is_checkpoint(path) else path

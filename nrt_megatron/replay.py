@@ -58,11 +58,13 @@ def read_batches(path: Path) -> list[MicroBatch]:
     try:
         with safe_open(path, "pt") as file:
             numbers: list[dict[str, Any]] = json.loads(file.metadata()[_NUMBERS])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
         own = [{k.split(".")[1]: v for k, v in tensors.items() if k.startswith(f"{i}.")} for i in range(len(numbers))]
         return [MicroBatch(**{**values, **parts}) for values, parts in zip(numbers, own)]
     except Exception as error:  # safetensors raises its own kind, which is a plain Exception
-        raise ConfigError(f"{path}: no batch written by `nrt train` ({error}); give a directory below replay/") from None
+        raise ConfigError(
+            f"{path}: no batch written by `nrt train` ({error}); give a directory below replay/"
+        ) from None
 
 
 def batch_files(directory: Path) -> list[Path]:
@@ -73,7 +75,9 @@ def batch_files(directory: Path) -> list[Path]:
     return files
 
 
-def examine(policy: MegatronPolicy, batches: list[MicroBatch], loss_fn: Callable[[TokenBatch], LossOutput]) -> Iterator[str]:
+def examine(
+    policy: MegatronPolicy, batches: list[MicroBatch], loss_fn: Callable[[TokenBatch], LossOutput]
+) -> Iterator[str]:
     """Runs forward and backward without an update; yields what is not finite, one line each.
 
     Collective. Lines are about what this rank holds; the last one is the same on all.

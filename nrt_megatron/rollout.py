@@ -53,4 +53,8 @@ def local_share(prompts: Sequence[Example], recipe: Recipe, place: Place) -> lis
     per_update = recipe.policy.train_global_batch_size // num_traces_per_prompt(recipe)
     per_rank = per_update // place.dp_size
     starts = range(0, len(prompts), per_update)
-    return [p for start in starts for p in prompts[start + place.dp_rank * per_rank : start + (place.dp_rank + 1) * per_rank]]
+    return [
+        p
+        for start in starts
+        for p in prompts[start + place.dp_rank * per_rank : start + (place.dp_rank + 1) * per_rank]
+    ]

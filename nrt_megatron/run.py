@@ -114,7 +114,8 @@ class Run:
     def _greeting(self) -> str:
         place, origin = self.runtime, self.last_checkpoint or self.recipe.policy.model.path or "random weights"
         layout = f"TP {place.tp_size} x PP {place.pp_size} x DP {place.dp_size}"
-        return f"{'continuing' if self.step else 'starting'} from {origin}: {layout}, {self.policy.layers}, {place.device.type}"
+        verb = "continuing" if self.step else "starting"
+        return f"{verb} from {origin}: {layout}, {self.policy.layers}, {place.device.type}"
 
     @contextmanager
     def _writing(self) -> Iterator[bool]:
@@ -177,17 +178,20 @@ class Run:
         """Saves the batch and the weights of an update with which the run has to end, for `nrt replay`."""
         try:
             yield
-        except NotFiniteError as error:
+        except NotFiniteError as failure:
+            batches = failure.batches
             directory = replay_dir(self.directory, self.step + 1)
             place = self.runtime
 
             def write(target: Path) -> None:
                 if place.rank == place.sampling_rank:
-                    write_batches(error.batches, target / f"batch_{place.dp_rank}.safetensors")
+                    write_batches(batches, target / f"batch_{place.dp_rank}.safetensors")
 
             checkpoint.save_weights(directory, self.policy, self._meta("replay"), self._documents(), write)
             limit = self.recipe.nrt.max_skipped_updates
-            problem = f"so many updates in a row had a loss or gradient that is not finite, the last in step {self.step + 1}"
+            problem = (
+                f"so many updates in a row had a loss or gradient that is not finite, the last in step {self.step + 1}"
+            )
             remedy = f"look at it with nrt replay {directory}, or set a lower policy.optimizer.lr"
             raise ConfigError.at("nrt.max_skipped_updates", limit, problem, remedy) from None
 
@@ -257,7 +261,9 @@ class Run:
             if complete:
                 print_summary(read_metrics(self.directory), self.directory, self.last_checkpoint)
             else:
-                where = f"step {self.step} of {self.recipe.nrt.max_num_steps}, checkpoint {self.last_checkpoint or 'none'}"
+                where = (
+                    f"step {self.step} of {self.recipe.nrt.max_num_steps}, checkpoint {self.last_checkpoint or 'none'}"
+                )
                 print_notice(f"asked to stop: {where}; the same command goes on from there")
         return complete
 

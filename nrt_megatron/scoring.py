@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nrt_megatron.data.batch import SequenceGrid, pad, place
 from nrt_megatron.data import Example
+from nrt_megatron.data.batch import SequenceGrid, pad, place
 from nrt_megatron.data.traces import EOS, LENGTH, MARKER
 from nrt_megatron.objective.advantages import group_advantages, group_token_signal
 from nrt_megatron.objective.loss import ANSWER, FORMAT, NONE, TRACE
@@ -158,4 +158,3 @@ def answers_only(examples: Sequence[Example], marker_ids: tuple[int, ...], devic
         eos_ids=torch.zeros_like(lengths),
         eos_log_probs=nothing,
     )
-

@@ -32,10 +32,11 @@ def update(policy: MegatronPolicy, grid: SequenceGrid, recipe: Recipe) -> StepMe
     for batches in plan:
         done = policy.update(batches, loss_fn)
         if policy.skipped_in_a_row >= recipe.nrt.max_skipped_updates:
+            policy.gather_weights()
             raise NotFiniteError(batches)
         fed = sum(batch.tokens.numel() for batch in batches)
         used = sum(batch.num_tokens for batch in batches)
-        total.add({name: (0.0, 0.0) for name in ("loss", *LOSS_METRICS)}, dict.fromkeys(LOSS_MAXIMA, -torch.inf))
+        total.add(dict.fromkeys(("loss", *LOSS_METRICS), (0.0, 0.0)), dict.fromkeys(LOSS_MAXIMA, -torch.inf))
         for result in done.results:
             total.add(result.loss.metrics | {"loss": (result.loss.loss_sum.detach(), result.num_sequences)})
             total.add({}, result.loss.maxima)

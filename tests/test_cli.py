@@ -101,9 +101,7 @@ def test_version(place):
 
 def test_dry_run_prints_the_resolved_recipe_and_stops(place):
     (place / "over.yaml").write_text("nrt: {seed: 5}")
-    code, out, err = nrt(
-        place, "train", "recipe.yaml", "nrt.preset=paper", "--config", "over.yaml", "--dry-run"
-    )
+    code, out, err = nrt(place, "train", "recipe.yaml", "nrt.preset=paper", "--config", "over.yaml", "--dry-run")
     recipe = from_yaml(out)
     assert (code, err) == (0, "")
     assert (recipe.nrt.seed, recipe.nrt.clip_to_baseline, recipe.run_dir) == (5, True, "runs/recipe")
@@ -113,10 +111,7 @@ def test_dry_run_prints_the_resolved_recipe_and_stops(place):
 def test_dry_run_says_what_is_not_on_this_machine(place):
     code, out, err = nrt(place, "train", "recipe.yaml", "data.train=elsewhere.jsonl", "--dry-run")
     assert code == 0 and from_yaml(out).data.train == "elsewhere.jsonl"
-    assert (
-        err.startswith("nrt: not on this machine yet: data.train = 'elsewhere.jsonl'")
-        and err.count("\n") == 1
-    )
+    assert err.startswith("nrt: not on this machine yet: data.train = 'elsewhere.jsonl'") and err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -171,9 +166,7 @@ def test_gpus_that_are_not_there(place, monkeypatch):
         ConfigError, match=r"this machine has 0 GPUs; set cluster.gpus_per_node=0 and cluster.cpu_ranks"
     ):
         launch.check_ranks(recipe, {})
-    launch.check_ranks(
-        recipe, {"RANK": "3", "WORLD_SIZE": "8"}
-    )  # torchrun's machines are torchrun's business
+    launch.check_ranks(recipe, {"RANK": "3", "WORLD_SIZE": "8"})  # torchrun's machines are torchrun's business
 
 
 def test_two_ranks_start_and_end(place):
@@ -220,9 +213,7 @@ def test_no_rank_outlives_its_launcher(place, sent):
     process = start(place, "train", "recipe.yaml", rank_does="time.sleep(60)")
     ranks = []
     for rank in (0, 1):
-        wait_for(
-            lambda rank=rank: (place / f"started.{rank}").exists() and (place / f"started.{rank}").read_text()
-        )
+        wait_for(lambda rank=rank: (place / f"started.{rank}").exists() and (place / f"started.{rank}").read_text())
         ranks.append(psutil.Process(int((place / f"started.{rank}").read_text().split()[0])))
     process.send_signal(sent)
     _, err = process.communicate(timeout=60)

@@ -111,9 +111,7 @@ def test_light_modules_load_without_torch(module):
         "heavy = {'torch', 'megatron', 'transformers', 'numpy'} & {m.split('.')[0] for m in sys.modules};"
         "sys.exit(str(sorted(heavy)) if heavy else 0)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, timeout=60
-    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
 
 

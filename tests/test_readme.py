@@ -113,7 +113,9 @@ def test_convert_train_and_export(home, quickstart):
     assert convert == ["--add-token", MARKER, "--init-from", "mean"] and export == []
     sh([*NRT, "convert", "runs/tiny-sum/base", "checkpoints/bare"], home)
     bare = ["policy.model.path=checkpoints/bare", "policy.tokenizer.marker=<new>", "policy.tokenizer.add_marker=true"]
-    refused = subprocess.run([*NRT, "train", "recipes/nrt-tiny-1n0g-cpu.yaml", *bare], cwd=home, capture_output=True, text=True)
+    refused = subprocess.run(
+        [*NRT, "train", "recipes/nrt-tiny-1n0g-cpu.yaml", *bare], cwd=home, capture_output=True, text=True
+    )
     assert refused.returncode == 2 and "--add-token '<new>'" in refused.stderr, refused.stderr
     sh([*NRT, "convert", "runs/tiny-sum/base", "checkpoints/tiny", *convert], home)
     overrides = ["policy.model.path=checkpoints/tiny", f"policy.tokenizer.marker={MARKER}", "nrt.max_num_steps=1"]
@@ -150,7 +152,10 @@ def test_a_real_model_on_real_text(home):
     lines = lines[next(i for i, line in enumerate(lines) if "fetch_smollm2" in line) :]
     assert len(lines) == 6
     for line in lines:
-        sh(["bash", "-c", line.replace(".venv/bin/nrt", shlex.join(NRT)).replace(".venv/bin/python", sys.executable)], home)
+        sh(
+            ["bash", "-c", line.replace(".venv/bin/nrt", shlex.join(NRT)).replace(".venv/bin/python", sys.executable)],
+            home,
+        )
     metrics = rows(home, "nrt-smollm2-135m-1n0g-cpu")
     assert metrics[-1]["step"] == 1 and metrics[-1]["logprob_gap/max"] < 1e-3
     (sample, *_) = (home / "runs/nrt-smollm2-135m-1n0g-cpu/samples.jsonl").read_text().splitlines()

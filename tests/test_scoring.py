@@ -32,7 +32,9 @@ def generated() -> Generated:
         stop_ids=torch.tensor([[8, 2], [52, 8]]),
         stop_log_probs=torch.tensor([[-0.6, -0.7], [-0.8, -0.9]]),
         marker_log_probs=torch.tensor([[[-1.0, -1.1], [-1.2, -1.3]], [[-1.4, -1.5], [-1.6, -1.7]]]),
-        answer_log_probs=torch.tensor([[[-0.5, -0.1, 9.0], [-2.0, -0.2, 9.0]], [[-1.0, -1.0, -0.3], [-1.0, -1.0, -0.3]]]),
+        answer_log_probs=torch.tensor(
+            [[[-0.5, -0.1, 9.0], [-2.0, -0.2, 9.0]], [[-1.0, -1.0, -0.3], [-1.0, -1.0, -0.3]]]
+        ),
         baseline_log_probs=torch.tensor([[-1.0, -0.2, 9.0], [-1.0, -1.0, -0.3]]),
     )
 
@@ -49,7 +51,9 @@ def test_rewards_and_advantages_by_hand(scored):
     assert sums["reward/degenerate_group_share"] == 0.5
     assert sums["reward/above_baseline_share"] == 0.25  # only the first trace beats its empty one
     assert sums["trace/length_mean"] == 1.5 and sums["trace/empty_share"] == 0.25
-    assert sums["trace/marker_share"] == 0.5 and sums["trace/truncated_share"] == 0.25 and sums["trace/eos_share"] == 0.25
+    assert (
+        sums["trace/marker_share"] == 0.5 and sums["trace/truncated_share"] == 0.25 and sums["trace/eos_share"] == 0.25
+    )
     assert scored.maxima["trace/length_max"] == 3
 
 
@@ -108,11 +112,21 @@ def test_micro_batches_hold_every_scored_token_once(scored, size):
     batches = micro_batches(grid, torch.arange(4), size, temperature=1.0)
     assert sum(len(batch.targets) for batch in batches) == int((grid.kind > 0).sum()) + 1
     assert sum(batch.num_sequences for batch in batches) == 4
-    assert len({batch.tokens.size(1) for batch in micro_batches(grid, torch.arange(4), size, temperature=1.0, same_width=True)}) == 1
+    assert (
+        len(
+            {
+                batch.tokens.size(1)
+                for batch in micro_batches(grid, torch.arange(4), size, temperature=1.0, same_width=True)
+            }
+        )
+        == 1
+    )
 
 
 def test_penalties_lower_the_reward_of_empty_and_truncated_traces():
-    cfg = NRT(reward_scheme="log_prob", num_generations_per_prompt=2, empty_trace_penalty=1.0, truncated_trace_penalty=0.25)
+    cfg = NRT(
+        reward_scheme="log_prob", num_generations_per_prompt=2, empty_trace_penalty=1.0, truncated_trace_penalty=0.25
+    )
     rewards = score(Rollout(EXAMPLES, generated()), cfg).rewards
     assert rewards.tolist() == pytest.approx([-0.6, -3.2, -2.55, -2.3])
 
@@ -126,5 +140,7 @@ def test_answers_only_trains_the_answer_after_the_empty_trace():
 def test_place_keeps_segments_of_no_length_out():
     values = torch.tensor([[1, 2], [3, 4]])
     empty = torch.zeros(2, 0, dtype=torch.int64)
-    out = place(4, [(values, torch.tensor([0, 2])), (empty, torch.tensor([0, 0])), (values + 10, torch.tensor([2, 1]))], -1)
+    out = place(
+        4, [(values, torch.tensor([0, 2])), (empty, torch.tensor([0, 0])), (values + 10, torch.tensor([2, 1]))], -1
+    )
     assert out.tolist() == [[11, 12, -1, -1], [3, 4, 13, -1]]

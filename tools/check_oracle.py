@@ -67,9 +67,7 @@ def examine(reward_data: dict | None, loss_data: dict | None, verbose: bool = Fa
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rewards", type=Path, required=True, metavar="FILE")
     parser.add_argument("--loss", type=Path, required=True, metavar="FILE")
     parser.add_argument("--verbose", action="store_true", help="print every comparison to stderr")

@@ -17,9 +17,7 @@ from nrt_megatron.recipe import ConfigError
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out_dir", metavar="OUT_DIR", type=Path, nargs="?", default=Path("runs/smollm2"))
     args = parser.parse_args()
     try:

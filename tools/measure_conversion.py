@@ -64,9 +64,7 @@ def write_random_checkpoint(directory: Path, gigabytes: float, shard_megabytes: 
             writer.write(name, 0, torch.randn(tensors[name].shape, generator=generator).bfloat16())
         writer.close()
     if plan.is_sharded:
-        (directory / INDEX).write_text(
-            json.dumps({"metadata": plan.metadata, "weight_map": plan.tensor_to_filename})
-        )
+        (directory / INDEX).write_text(json.dumps({"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}))
     return max(path.stat().st_size for path in directory.glob("*.safetensors"))
 
 
@@ -100,18 +98,14 @@ def differing(first: Path, second: Path) -> list[str]:
     ours, theirs = HFWeights(first), HFWeights(second)
     names = sorted(ours.tensors.keys() | theirs.tensors.keys())
     common = ours.tensors.keys() & theirs.tensors.keys()
-    return [
-        name for name in names if name not in common or not torch.equal(ours.read(name), theirs.read(name))
-    ]
+    return [name for name in names if name not in common or not torch.equal(ours.read(name), theirs.read(name))]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gigabytes", type=float, default=1.0)
     parser.add_argument("--shard-megabytes", type=int, default=500)
-    parser.add_argument(
-        "--work-dir", type=Path, help="on a disk with room for three copies; default: a temporary one"
-    )
+    parser.add_argument("--work-dir", type=Path, help="on a disk with room for three copies; default: a temporary one")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.work_dir) as temporary:
         source, checkpoint, release = (Path(temporary) / name for name in ("hf", "checkpoint", "release"))
@@ -127,9 +121,7 @@ def main() -> int:
             peak, seconds = measure(Path(temporary) / "peak", *arguments)
             peaks.append(peak)
             share = peak / largest
-            print(
-                f"{title}: peak {peak / 1e6:.0f} MB resident ({share:.2f} of the largest file), {seconds:.1f} s"
-            )
+            print(f"{title}: peak {peak / 1e6:.0f} MB resident ({share:.2f} of the largest file), {seconds:.1f} s")
         wrong = differing(source, release)
         print(f"round trip: {len(wrong)} tensors differ" + (f", first {wrong[0]}" if wrong else ""))
     return int(bool(wrong) or max(peaks) >= bound)

@@ -47,9 +47,7 @@ def from_text(text: str, trace_open: str, marker: str, bos: bool) -> str:
 
 
 def _markers(trace_open: str, marker: str) -> str:
-    return (
-        f"{{%- set trace_open = {_literal(trace_open)} -%}}\n{{%- set trace_end = {_literal(marker)} -%}}\n"
-    )
+    return f"{{%- set trace_open = {_literal(trace_open)} -%}}\n{{%- set trace_end = {_literal(marker)} -%}}\n"
 
 
 def _literal(text: str) -> str:

@@ -75,21 +75,15 @@ class ModelShape:
         """Reads a parsed `config.json`. Raises ConfigError on whatever could not be computed exactly."""
         family = config.get("model_type")
         if family not in _FAMILY_DEFAULTS:
-            raise ConfigError(
-                f"model_type: {family!r} is not supported; use a model of type llama or mistral"
-            )
+            raise ConfigError(f"model_type: {family!r} is not supported; use a model of type llama or mistral")
         _refuse_unsupported(config)
         heads = _integer(config, "num_attention_heads")
         hidden = _integer(config, "hidden_size")
-        groups = _integer(
-            config, "num_key_value_heads", _FAMILY_DEFAULTS[family]["num_key_value_heads"] or heads
-        )
+        groups = _integer(config, "num_key_value_heads", _FAMILY_DEFAULTS[family]["num_key_value_heads"] or heads)
         if heads % groups:
             raise ConfigError(f"num_key_value_heads: {groups} does not divide num_attention_heads ({heads})")
         if config.get("head_dim") is None and hidden % heads:
-            raise ConfigError(
-                f"hidden_size: {hidden} is no multiple of num_attention_heads ({heads}); set head_dim"
-            )
+            raise ConfigError(f"hidden_size: {hidden} is no multiple of num_attention_heads ({heads}); set head_dim")
         base, scaling = _rope(config)
         window = config.get("sliding_window", _FAMILY_DEFAULTS[family]["sliding_window"])
         return cls(

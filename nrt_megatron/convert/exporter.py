@@ -84,9 +84,7 @@ def _check_sizes(reader: TorchDistReader, shape: ModelShape) -> None:
             )
 
 
-def _dtypes(
-    reader: TorchDistReader, shape: ModelShape, kind: str, dtype: Optional[str]
-) -> dict[str, torch.dtype]:
+def _dtypes(reader: TorchDistReader, shape: ModelShape, kind: str, dtype: Optional[str]) -> dict[str, torch.dtype]:
     """dtype of each parameter in the release, by checkpoint key."""
     if dtype is not None and dtype not in DTYPES:
         raise ConfigError(f"--dtype {dtype}: not supported; use {' or '.join(DTYPES)}")
@@ -99,9 +97,7 @@ def _dtypes(
     return dict.fromkeys(keys, reader.dtype(names.EMBEDDING))
 
 
-def _hf_tensors(
-    reader: TorchDistReader, shape: ModelShape, dtypes: Mapping[str, torch.dtype]
-) -> dict[str, Tensor]:
+def _hf_tensors(reader: TorchDistReader, shape: ModelShape, dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
     """Every tensor of the release on the meta device."""
     return {
         source.name: torch.empty(source.shape, dtype=dtypes[parameter.key], device="meta")

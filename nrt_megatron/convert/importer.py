@@ -97,9 +97,7 @@ def _write_weights(
 def _read(weights: HFWeights, parameter: names.Parameter, piece: Piece, new: Optional[NewTokens]) -> Tensor:
     if parameter.is_vocabulary:
         return read_rows(weights, parameter.sources[0].name, piece.start, piece.stop, new)
-    return join(
-        [weights.read(rows.name, slice(rows.start, rows.stop)) for rows in piece.sources], piece.blocks
-    )
+    return join([weights.read(rows.name, slice(rows.start, rows.stop)) for rows in piece.sources], piece.blocks)
 
 
 def _dtypes(weights: HFWeights, shape: ModelShape, dtype: Optional[str]) -> dict[str, torch.dtype]:
@@ -112,9 +110,7 @@ def _dtypes(weights: HFWeights, shape: ModelShape, dtype: Optional[str]) -> dict
             found.setdefault(parameter.key, set()).add(dtype or weights.tensors[source.name].dtype)
     mixed = [key for key, kinds in found.items() if len(kinds) > 1]
     if mixed:
-        raise ConfigError(
-            f"{weights.directory}: {mixed[0]} is {' and '.join(sorted(found[mixed[0]]))}; pass --dtype"
-        )
+        raise ConfigError(f"{weights.directory}: {mixed[0]} is {' and '.join(sorted(found[mixed[0]]))}; pass --dtype")
     return {key: getattr(torch, kinds.pop()) for key, kinds in found.items()}
 
 

@@ -25,9 +25,7 @@ def new_directory(path: Path, num_bytes: int) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(path.parent).free
     if free < num_bytes:
-        raise ConfigError(
-            f"{path}: needs {num_bytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; use another disk"
-        )
+        raise ConfigError(f"{path}: needs {num_bytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; use another disk")
     partial = path.parent / f".{path.name}.partial-{os.getpid()}"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()

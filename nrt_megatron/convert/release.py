@@ -114,9 +114,7 @@ def write_model_card(release: Path, meta: CheckpointMeta, shape: ModelShape, run
     lines += [f"A {shape.family} model of {shape.num_layers} layers, hidden size {shape.hidden_size} and"]
     lines += [f"{shape.vocab_size} tokens, stored in {shape.dtype}."]
     lines += (
-        _training(run, meta.step)
-        if run
-        else ["", "Converted without training: the weights are those of its source."]
+        _training(run, meta.step) if run else ["", "Converted without training: the weights are those of its source."]
     )
     (release / "README.md").write_text("\n".join(lines) + "\n", "utf-8")
 
@@ -143,9 +141,7 @@ def _training(run: Run, step: int) -> Iterator[str]:
     yield from ["", "## Format", ""]
     opening = policy.tokenizer.trace_open
     yield (
-        f"The prompt ends with `{opening!r}`, which opens the trace."
-        if opening
-        else "The trace follows the prompt."
+        f"The prompt ends with `{opening!r}`, which opens the trace." if opening else "The trace follows the prompt."
     )
     yield f"The model writes the trace, the marker `{policy.tokenizer.marker}`, and the answer. The chat template does"
     yield "this, and puts a past trace given as `reasoning_content` of an assistant message before its answer."

@@ -88,9 +88,7 @@ class HFWeights:
             if info is None:
                 raise ConfigError(f"{self.directory}: tensor {name} is missing; the checkpoint is incomplete")
             if info.shape != size:
-                raise ConfigError(
-                    f"{info.file}: {name} has shape {list(info.shape)}, config.json says {list(size)}"
-                )
+                raise ConfigError(f"{info.file}: {name} has shape {list(info.shape)}, config.json says {list(size)}")
             if info.dtype not in _DTYPES.values():
                 raise ConfigError(
                     f"{info.file}: {name} is {info.dtype}; save the model in float32, bfloat16 or float16"
@@ -99,14 +97,8 @@ class HFWeights:
             tied_copy = name == names.HF_OUTPUT and shape.tie_word_embeddings
             if name in expected or tied_copy or name.endswith(names.IGNORED_HF_SUFFIX):
                 continue
-            what = (
-                "a bias, which is not supported"
-                if name.endswith(".bias")
-                else f"not part of a {shape.family} model"
-            )
-            raise ConfigError(
-                f"{info.file}: tensor {name} is {what}; use a checkpoint that matches its config.json"
-            )
+            what = "a bias, which is not supported" if name.endswith(".bias") else f"not part of a {shape.family} model"
+            raise ConfigError(f"{info.file}: tensor {name} is {what}; use a checkpoint that matches its config.json")
 
     def read(self, name: str, *index: slice) -> Tensor:
         """The tensor, or the part that `index` selects, in the file's dtype and in memory of its own.
@@ -124,15 +116,11 @@ def _headers(path: Path) -> dict[str, TensorInfo]:
         with safe_open(str(path), framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}
             return {
-                name: TensorInfo(
-                    path, tuple(part.get_shape()), _DTYPES.get(part.get_dtype(), part.get_dtype())
-                )
+                name: TensorInfo(path, tuple(part.get_shape()), _DTYPES.get(part.get_dtype(), part.get_dtype()))
                 for name, part in slices.items()
             }
     except (SafetensorError, OSError) as error:
-        raise ConfigError(
-            f"{path}: truncated or not a safetensors file ({error}); download it again"
-        ) from None
+        raise ConfigError(f"{path}: truncated or not a safetensors file ({error}); download it again") from None
 
 
 def _no_weights(directory: Path) -> str:

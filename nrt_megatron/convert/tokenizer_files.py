@@ -47,9 +47,7 @@ def copy_tokenizer(source: Path, target: Path) -> None:
             shutil.copyfile(source / name, target / name)
 
 
-def add_tokens(
-    directory: Path, texts: Sequence[str], init: str
-) -> tuple[list[AddedToken], Optional[NewTokens]]:
+def add_tokens(directory: Path, texts: Sequence[str], init: str) -> tuple[list[AddedToken], Optional[NewTokens]]:
     """Extends the tokenizer in `directory` in place by `texts`, as special tokens.
 
     Returns what was added and how their rows are made: `init` is `eos`, `mean` or a text (see

@@ -138,12 +138,8 @@ class TorchDistReader:
         try:
             metadata = self._reader.read_metadata()
         except (OSError, pickle.UnpicklingError, EOFError):
-            raise ConfigError(
-                f"{directory}: no complete torch_dist checkpoint; give one written by nrt"
-            ) from None
-        self._tensors = {
-            k: v for k, v in metadata.state_dict_metadata.items() if isinstance(v, TensorStorageMetadata)
-        }
+            raise ConfigError(f"{directory}: no complete torch_dist checkpoint; give one written by nrt") from None
+        self._tensors = {k: v for k, v in metadata.state_dict_metadata.items() if isinstance(v, TensorStorageMetadata)}
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)
 
     def _entry(self, key: str) -> TensorStorageMetadata:
@@ -168,16 +164,12 @@ class TorchDistReader:
         target = torch.empty(size, dtype=self.dtype(key))
         part = ChunkStorageMetadata(torch.Size(offsets), torch.Size(size))
         items = create_read_items_for_chunk_list(key, self._entry(key), [part])
-        assert sum(item.lengths.numel() for item in items) == target.numel(), (
-            f"{key}: chunks do not cover {part}"
-        )
+        assert sum(item.lengths.numel() for item in items) == target.numel(), f"{key}: chunks do not cover {part}"
         try:
             self._reader.read_data(LoadPlan(items), _ReadInto(target))
         except (OSError, RuntimeError, EOFError) as error:
             reason = str(error).splitlines()[0]
-            raise ConfigError(
-                f"{self.directory}: {key} cannot be read ({reason}); the checkpoint is damaged"
-            ) from None
+            raise ConfigError(f"{self.directory}: {key} cannot be read ({reason}); the checkpoint is damaged") from None
         return target
 
 

@@ -57,9 +57,7 @@ def initial_row(weights: TensorReader, name: str, new: NewTokens) -> Tensor:
     return (total / size).to(chunk.dtype)
 
 
-def read_rows(
-    weights: TensorReader, name: str, start: int, stop: int, new: Optional[NewTokens] = None
-) -> Tensor:
+def read_rows(weights: TensorReader, name: str, start: int, stop: int, new: Optional[NewTokens] = None) -> Tensor:
     """Rows [start, stop) of a vocabulary matrix: the file's, then added tokens', then zeros. [stop - start, hidden]"""
     rows, hidden = weights.tensors[name].shape
     kept = weights.read(name, slice(min(start, rows), min(stop, rows)))

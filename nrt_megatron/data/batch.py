@@ -270,6 +270,8 @@ def micro_batches(
 
     def cut(at_least: int) -> list[MicroBatch]:
         options = dict(temperature=temperature, pad_multiple=pad_multiple, traces_per_tree=traces_per_tree)
-        return [micro_batch(grid, part.flatten(), at_least=at_least, **options) for part in by_length.split(size // unit)]
+        return [
+            micro_batch(grid, part.flatten(), at_least=at_least, **options) for part in by_length.split(size // unit)
+        ]
 
     return cut(int(length.max()) - 1 if same_width else 0)

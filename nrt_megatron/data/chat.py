@@ -73,12 +73,8 @@ class ChatTemplate:
         if _fill(layout, contents) != whole:
             contents = [self._trim(messages, index) for index in range(len(messages))]
             if _fill(layout, contents) != whole:
-                raise TemplateRefusal(
-                    "the chat template changes its layout with the contents of the messages"
-                )
-        return [
-            Piece(text, True) if number is None else Piece(contents[number], False) for text, number in layout
-        ]
+                raise TemplateRefusal("the chat template changes its layout with the contents of the messages")
+        return [Piece(text, True) if number is None else Piece(contents[number], False) for text, number in layout]
 
     def _trim(self, messages: Sequence[Message], index: int) -> str:
         """Content `index` as the template writes it: as it is, or without white space at its ends."""

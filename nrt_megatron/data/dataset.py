@@ -45,9 +45,7 @@ class QADataset:
         ConfigError: the file or the template cannot be used at all; rows are left to `check`.
     """
 
-    def __init__(
-        self, path: str, data: Data, tokenizer: Tokenizer, limits: Limits, key: str = "data.train"
-    ) -> None:
+    def __init__(self, path: str, data: Data, tokenizer: Tokenizer, limits: Limits, key: str = "data.train") -> None:
         self.path = path
         self.limits = limits
         self.strict = data.on_bad_row == "error"

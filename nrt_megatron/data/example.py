@@ -19,9 +19,7 @@ class BadRow(ValueError):
         remedy: what to set, where a setting stands against the row.
     """
 
-    def __init__(
-        self, reason: str, why: str, tokens: Optional[int] = None, remedy: Optional[str] = None
-    ) -> None:
+    def __init__(self, reason: str, why: str, tokens: Optional[int] = None, remedy: Optional[str] = None) -> None:
         assert reason in REASONS
         super().__init__(why)
         self.reason = reason

@@ -48,12 +48,8 @@ class FastBackend:
     @property
     def control(self) -> dict[str, int]:
         """Tokens that text of a user must never become."""
-        named = {
-            token["content"] for token in self._state["added_tokens"] if token["special"]
-        } | self._protected
-        return {
-            text: index for text, index in self._added.items() if text in named or not is_plain_text(text)
-        }
+        named = {token["content"] for token in self._state["added_tokens"] if token["special"]} | self._protected
+        return {text: index for text, index in self._added.items() if text in named or not is_plain_text(text)}
 
     def add(self, text: str) -> tuple[int, bool]:
         """Make `text` a special token; returns its id, and whether the vocabulary grew."""
@@ -146,9 +142,7 @@ class FastBackend:
 
     def _declare(self, token: dict[str, Any]) -> None:
         assert token["content"] not in self._added and "_decoder" not in self.__dict__
-        self._state["added_tokens"] = sorted(
-            [*self._state["added_tokens"], token], key=lambda other: other["id"]
-        )
+        self._state["added_tokens"] = sorted([*self._state["added_tokens"], token], key=lambda other: other["id"])
         self._added[token["content"]] = token["id"]
 
     def _declare_named_tokens(self) -> None:

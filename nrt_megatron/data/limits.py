@@ -65,9 +65,7 @@ class Limits:
         if self.prompt is not None and prompt > self.prompt:
             raise _too_long("prompt", prompt, self.prompt, "data.max_prompt_tokens")
         if prompt > self.room - 2:
-            raise _too_long(
-                "prompt", prompt, self.room - 2, _TOTAL, f"{self.total} less an answer and {self._beside}"
-            )
+            raise _too_long("prompt", prompt, self.room - 2, _TOTAL, f"{self.total} less an answer and {self._beside}")
         if self.answer is not None and answer > self.answer:
             raise _too_long("answer", answer, self.answer, "data.max_answer_tokens")
         if answer > self.room - prompt:

@@ -93,9 +93,7 @@ class Parquet:
             self._file = pyarrow.parquet.ParquetFile(path)
         except (pyarrow.ArrowException, OSError) as error:
             reason = " ".join(str(error).split())
-            raise ConfigError.at(
-                key, str(path), f"not a Parquet file ({reason:.120})", "write it again"
-            ) from None
+            raise ConfigError.at(key, str(path), f"not a Parquet file ({reason:.120})", "write it again") from None
         self._columns = [name for name in self._file.schema_arrow.names if name in columns]
         sizes = [self._file.metadata.row_group(group).num_rows for group in range(self._file.num_row_groups)]
         self._ends = list(accumulate(sizes))

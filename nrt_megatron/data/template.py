@@ -61,9 +61,7 @@ class PromptTemplate:
         if row.get(data.messages_key) is not None:
             fields = _conversation(row[data.messages_key], data.messages_key)
             if self._text is not None and [message["role"] for message in fields.messages] != ["user"]:
-                raise _malformed(
-                    "a text as data.prompt_template takes one user message, not a longer conversation"
-                )
+                raise _malformed("a text as data.prompt_template takes one user message, not a longer conversation")
             return fields
         missing = [key for key in (data.question_key, data.answer_key) if row.get(key) is None]
         raise _malformed(f"no {' and no '.join(map(repr, missing))}, and no {data.messages_key!r}")
@@ -109,9 +107,7 @@ def _conversation(messages: Any, key: str) -> Fields:
         if not isinstance(role, str) or not role.isidentifier():
             raise _malformed(f"message {number} has the role {role!r}, not a word such as 'user'")
         # A system prompt may be empty, a question or an answer may not.
-        content = _text(
-            message.get("content"), f"the content of message {number}", may_be_empty=role == "system"
-        )
+        content = _text(message.get("content"), f"the content of message {number}", may_be_empty=role == "system")
         turns.append({"role": role, "content": content})
     if turns[-1]["role"] != "assistant":
         raise _malformed(f"the last message is from {turns[-1]['role']!r}, not from 'assistant'")

@@ -128,9 +128,7 @@ class Tokenizer:
             raise files.error("the tokenizer has no EOS", "set eos_token in its tokenizer_config.json")
         index = self._backend.id_of(eos)
         if index is None:
-            raise files.error(
-                f"eos_token {eos!r} is not in the vocabulary", "correct it in tokenizer_config.json"
-            )
+            raise files.error(f"eos_token {eos!r} is not in the vocabulary", "correct it in tokenizer_config.json")
         return index
 
     def _stop_ids(self, files: TokenizerFiles) -> tuple[int, ...]:
@@ -164,9 +162,7 @@ class Tokenizer:
             )
         stops = set(ids) & set(self.stop_ids)
         if stops:
-            raise ConfigError.at(
-                _MARKER, marker, f"token {min(stops)} of it ends generation", "choose another marker"
-            )
+            raise ConfigError.at(_MARKER, marker, f"token {min(stops)} of it ends generation", "choose another marker")
         return ids
 
 

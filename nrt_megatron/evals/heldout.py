@@ -65,7 +65,9 @@ class Evaluator:
         for start in range(0, len(questions), self.cfg.batch_size):
             for key, value in self._batch(questions[start : start + self.cfg.batch_size]).items():
                 values[key].append(value.double())
-        return {f"eval/{key}": (torch.cat(v).double().sum(), torch.tensor(len(torch.cat(v)))) for key, v in values.items()}
+        return {
+            f"eval/{key}": (torch.cat(v).double().sum(), torch.tensor(len(torch.cat(v)))) for key, v in values.items()
+        }
 
     def _batch(self, questions: Sequence[Example]) -> dict[str, torch.Tensor]:
         sampled = self.traces.generate(self._request(questions, answers=[q.answer_ids for q in questions]))

@@ -105,7 +105,8 @@ class CachingSelfAttention(SelfAttention):
         if inference_context is not None and rotary_pos_emb is not None:
             angles, _ = rotary_pos_emb  # of the tokens that are fed, [s, b or 1, 1, d]
             query, key = (
-                apply_rotary_pos_emb(x, angles, config=self.config, cp_group=self.pg_collection.cp) for x in (query, key)
+                apply_rotary_pos_emb(x, angles, config=self.config, cp_group=self.pg_collection.cp)
+                for x in (query, key)
             )
             rotary_pos_emb = None
         return super()._adjust_key_value_for_inference(

@@ -10,9 +10,10 @@ import json
 import os
 import random
 import uuid
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Optional
+from typing import Any, Optional
 
 import numpy as np
 import torch
@@ -144,7 +145,9 @@ def _retire(final: Path, cfg: Checkpointing) -> None:
 
 def _checksums_of_own_files(checkpoint: Path) -> dict[str, list[int]]:
     """Each rank reads back what it wrote: most likely it still is in the memory of its node."""
-    return checkpoints.checksums(checkpoint, [f for f in checkpoints.files_of(checkpoint) if _writer(f) == dist.get_rank()])
+    return checkpoints.checksums(
+        checkpoint, [f for f in checkpoints.files_of(checkpoint) if _writer(f) == dist.get_rank()]
+    )
 
 
 def _gathered(mine: dict[str, Any]) -> dict[str, Any]:

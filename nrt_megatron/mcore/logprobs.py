@@ -67,7 +67,13 @@ class _Shard:
         return sums[2] - log_norm, log_norm - sums[1] / sums[0], log_norm + peak
 
     def logit_gradient(
-        self, logits: Tensor, targets: Tensor, log_norm: Tensor, entropy: Tensor, grad_log_prob: Tensor, grad_entropy: Tensor
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        log_norm: Tensor,
+        entropy: Tensor,
+        grad_log_prob: Tensor,
+        grad_entropy: Tensor,
     ) -> Tensor:
         """d logp_t / d logit_j = [j = t] - p_j; d entropy / d logit_j = -p_j (log p_j + entropy). In place, [c, v]."""
         log_p = logits.sub_(log_norm[:, None])

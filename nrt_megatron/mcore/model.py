@@ -102,7 +102,9 @@ class PolicyModel(GPTModel):
             else self.output_layer.weight
         )
         for hook in self.output_layer._forward_pre_hooks.values():
-            hook(self.output_layer)  # with overlap_param_gather Megatron waits for the weight in it, and no forward calls it
+            hook(
+                self.output_layer
+            )  # with overlap_param_gather Megatron waits for the weight in it, and no forward calls it
         if self.config.sequence_parallel:
             # Each rank's gradient is already summed over the group in token_log_probs: split, don't reduce.
             hidden_states = tensor_parallel.gather_from_sequence_parallel_region(
@@ -258,9 +260,7 @@ def wrap_for_training(chunks: list[PolicyModel], cfg: Megatron) -> list[Distribu
     wrapped = []
     for i, chunk in enumerate(chunks):
         module = Float16Module(chunk.config, chunk) if cfg.bf16 else chunk
-        wrapped.append(
-            DistributedDataParallel(chunk.config, ddp_config, module, disable_bucketing=i > 0)
-        )
+        wrapped.append(DistributedDataParallel(chunk.config, ddp_config, module, disable_bucketing=i > 0))
     return wrapped
 
 

@@ -62,7 +62,9 @@ def optimizer_state(optimizer: MegatronOptimizer, model: dict[str, Any], loading
     return state
 
 
-def load_optimizer_state(optimizer: MegatronOptimizer, model: dict[str, Any], loaded: dict[str, Tensor], step: int) -> None:
+def load_optimizer_state(
+    optimizer: MegatronOptimizer, model: dict[str, Any], loaded: dict[str, Tensor], step: int
+) -> None:
     """Copies what `optimizer_state(loading=True)` was filled with into the optimizer, and sets its update count."""
     part = _single(optimizer)
     shards = _shards(model)

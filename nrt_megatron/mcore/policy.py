@@ -114,10 +114,14 @@ class MegatronPolicy:
         On the last pipeline stage, which alone computes a loss; elsewhere unchanged.
         """
         results = self.log_probs(batches)
-        return [
-            replace(batch, old_log_probs=result.log_probs, sampler_log_probs=batch.old_log_probs)
-            for batch, result in zip(batches, results, strict=True)
-        ] if results else batches
+        return (
+            [
+                replace(batch, old_log_probs=result.log_probs, sampler_log_probs=batch.old_log_probs)
+                for batch, result in zip(batches, results, strict=True)
+            ]
+            if results
+            else batches
+        )
 
     @torch.no_grad()
     def log_probs(self, batches: list[MicroBatch]) -> list[pipeline.MicroBatchResult]:

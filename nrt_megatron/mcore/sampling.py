@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-
 ROWS_AT_ONCE = 128
 
 
@@ -87,7 +86,9 @@ def draw(
     parts = []
     for first in range(0, len(logits), ROWS_AT_ONCE):
         rows = slice(first, first + ROWS_AT_ONCE)
-        parts.append(_draw_rows(logits[rows], None if uniform is None else uniform[rows], watched, temperature, top_k, top_p))
+        parts.append(
+            _draw_rows(logits[rows], None if uniform is None else uniform[rows], watched, temperature, top_k, top_p)
+        )
     return Draw(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
 

@@ -45,11 +45,7 @@ class Comparison:
 
     @property
     def passed(self) -> bool:
-        return (
-            self.max_difference <= LOGIT_BOUND
-            and self.kl <= KL_BOUND
-            and self.argmax_agreement >= ARGMAX_BOUND
-        )
+        return self.max_difference <= LOGIT_BOUND and self.kl <= KL_BOUND and self.argmax_agreement >= ARGMAX_BOUND
 
     def __str__(self) -> str:
         return (
@@ -68,9 +64,7 @@ def verify(checkpoint: Path, hf_dir: Path, dtype: str | None = None) -> Comparis
     """
     shape = ModelShape.from_hf(CheckpointMeta.read(checkpoint).model)
     ids = sample_ids(hf_dir, ModelShape.from_dir(hf_dir))
-    comparison = compare(
-        transformers_logits(hf_dir, ids, dtype), megatron_logits(checkpoint, shape, ids, dtype)
-    )
+    comparison = compare(transformers_logits(hf_dir, ids, dtype), megatron_logits(checkpoint, shape, ids, dtype))
     if not comparison.passed:
         raise ConfigError(f"verify: {checkpoint} and {hf_dir} are not the same model.\n{comparison}")
     return comparison
@@ -79,11 +73,7 @@ def verify(checkpoint: Path, hf_dir: Path, dtype: str | None = None) -> Comparis
 def compare(theirs: Tensor, ours: Tensor) -> Comparison:
     """Logits [s, v] of transformers and [s, v' >= v] of Megatron: rows added or padded beyond v are left out."""
     ours = ours[:, : theirs.shape[1]]
-    kl = (
-        F.kl_div(ours.log_softmax(-1), theirs.log_softmax(-1), log_target=True, reduction="none")
-        .sum(-1)
-        .mean()
-    )
+    kl = F.kl_div(ours.log_softmax(-1), theirs.log_softmax(-1), log_target=True, reduction="none").sum(-1).mean()
     return Comparison(
         tokens=len(theirs),
         max_difference=float((ours - theirs).abs().max()),

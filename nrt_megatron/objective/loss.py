@@ -120,9 +120,7 @@ def _ratios(batch: TokenBatch, in_trace: Tensor, settings: NRT) -> _Ratios:
     if settings.sequence_ratio:
         total = log_ratio.new_zeros(batch.num_sequences).index_add(0, batch.sequence, log_ratio)
         log_ratio = total[batch.sequence]
-    largest = (
-        math.log(torch.finfo(log_ratio.dtype).max) - 16
-    )  # finite, and sums of millions of such ratios as well
+    largest = math.log(torch.finfo(log_ratio.dtype).max) - 16  # finite, and sums of millions of such ratios as well
     ratio = log_ratio.clamp(-largest, largest).exp()
     dropped = ((batch.advantages > 0) & (ratio > settings.ratio_drop_max)) | (
         (batch.advantages < 0) & (ratio < settings.ratio_drop_min)
@@ -208,9 +206,7 @@ def _report(
         gap = (batch.old_log_probs - batch.sampler_log_probs).abs()
     nothing = torch.zeros((), device=gap.device)
     none = (nothing, nothing)
-    per_sequence = {
-        name: (term.detach().double(), float(batch.num_sequences)) for name, term in terms.items()
-    }
+    per_sequence = {name: (term.detach().double(), float(batch.num_sequences)) for name, term in terms.items()}
     metrics: Metrics = {
         "loss/trace": per_sequence["trace"],
         "loss/format": per_sequence["format"],

@@ -72,9 +72,7 @@ def distinct_ngrams(ids: Tensor, lengths: Tensor, group: Tensor, n: int = 2) -> 
     inside = first + n <= lengths[:, None]  # [N, starts]
     row, column = inside.nonzero(as_tuple=True)  # [m]
     _, key = group[row].unique(return_inverse=True)
-    for offset in range(
-        n
-    ):  # one number per (group, token, .., token): renumbered at each step, it cannot overflow
+    for offset in range(n):  # one number per (group, token, .., token): renumbered at each step, it cannot overflow
         _, token = ids[row, column + offset].unique(return_inverse=True)
         _, key = (key * (token.max() + 1 if len(token) else 1) + token).unique(return_inverse=True)
     distinct = key.max() + 1 if len(key) else key.new_zeros(())

@@ -105,6 +105,4 @@ def _replace(section: Any, path: list[str], value: Any) -> Any:
 
 
 def _text(change: Change) -> str:
-    return " ".join(
-        f"{key}={'null' if value is None else str(value).lower()}" for key, value in change.items()
-    )
+    return " ".join(f"{key}={'null' if value is None else str(value).lower()}" for key, value in change.items())

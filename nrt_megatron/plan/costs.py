@@ -86,15 +86,11 @@ class Costs:
 
         before = work.cached + work.trunk
         branch = (work.tokens - work.trunk) / work.branches
-        return (
-            causal(before) - causal(work.cached) + work.branches * (causal(before + branch) - causal(before))
-        )
+        return causal(before) - causal(work.cached) + work.branches * (causal(before + branch) - causal(before))
 
     def attention_flops(self, work: Pass) -> float:
         """Forward, one layer, all its ranks: two products over the attended pairs."""
-        return (
-            4 * self.attended(work) * self.shape.num_attention_heads * self.shape.kv_channels * work.sequences
-        )
+        return 4 * self.attended(work) * self.shape.num_attention_heads * self.shape.kv_channels * work.sequences
 
     def model_flops(self, work: Pass) -> float:
         """Forward through the whole model on all its ranks.
@@ -106,9 +102,7 @@ class Costs:
         head = 2 * self.shape.vocab_size * self.shape.hidden_size * work.num_scored
         return self.shape.num_layers * layers + head
 
-    def layer(
-        self, work: Pass, *, fp8: bool = False, backward: bool = False, inference: bool = False
-    ) -> Seconds:
+    def layer(self, work: Pass, *, fp8: bool = False, backward: bool = False, inference: bool = False) -> Seconds:
         """One layer in one direction. `inference`: sequence parallelism off, weights read for few tokens."""
         tokens = work.sequences * work.tokens / self.layout.cp
         matrix = layer_matrix(self.shape) / self.layout.tp
@@ -196,9 +190,7 @@ class Costs:
         )
         split = 1 if inference else self.layout.norm_split
         accesses = (
-            (12 if backward else 10) * hidden / split
-            + 2 * self.query_key / tp
-            + (5 if backward else 3) * ffn / tp
+            (12 if backward else 10) * hidden / split + 2 * self.query_key / tp + (5 if backward else 3) * ffn / tp
         )
         total = accesses * self.element * tokens
         if backward:

@@ -74,9 +74,7 @@ def estimate(request: Request) -> Plan:
         num_updates=num_updates,
         update_seconds=one.by_cause,
         pipeline_bubble=one.bubble_share,
-        traffic_gib={
-            kind: sent / GIB for kind, sent in update_traffic(costs, micro_batch, num_micro_batches).items()
-        },
+        traffic_gib={kind: sent / GIB for kind, sent in update_traffic(costs, micro_batch, num_micro_batches).items()},
         step_seconds=seconds,
         num_steps=recipe.nrt.max_num_steps,
         run_gpu_hours=seconds * recipe.nrt.max_num_steps * layout.gpus / 3600,
@@ -103,9 +101,7 @@ def _micro_batch(request: Request) -> Pass:
     return Pass(trees, tokens, branches=branches, trunk=lengths.prompt, scored=branches * scored)
 
 
-def _rollout(
-    request: Request, costs: Costs, micro_batch: Pass, num_micro_batches: int
-) -> tuple[Phase, Phase]:
+def _rollout(request: Request, costs: Costs, micro_batch: Pass, num_micro_batches: int) -> tuple[Phase, Phase]:
     """Sampling; and scoring, with the trainer's own log-probs of all sequences where the recipe weighs by them."""
     assert request.lengths is not None
     prompts = request.recipe.nrt.num_prompts_per_step

@@ -38,22 +38,16 @@ def load_hardware(name: str) -> Hardware:
     source = Path(name) if name.endswith((".yaml", ".yml")) else _SHIPPED / f"{name.lower()}.yaml"
     if not source.is_file():
         shipped = sorted(entry.name.removesuffix(".yaml") for entry in _SHIPPED.iterdir())
-        raise ConfigError(
-            f"--hardware {name}: unknown; choose {', '.join(shipped)}, or give the path of a YAML file"
-        )
+        raise ConfigError(f"--hardware {name}: unknown; choose {', '.join(shipped)}, or give the path of a YAML file")
     try:
         values = yaml.safe_load(source.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError):
-        raise ConfigError(
-            f"--hardware {name}: not a YAML file; copy one of nrt_megatron/plan/hardware"
-        ) from None
+        raise ConfigError(f"--hardware {name}: not a YAML file; copy one of nrt_megatron/plan/hardware") from None
     wanted = {field.name: field.type for field in dataclasses.fields(Hardware)}
     given = set(values) if isinstance(values, dict) else set()
     if given != set(wanted):
         wrong = ", ".join(sorted(given ^ set(wanted)))
-        raise ConfigError(
-            f"--hardware {name}: keys missing or unknown: {wrong}; the keys are {', '.join(wanted)}"
-        )
+        raise ConfigError(f"--hardware {name}: keys missing or unknown: {wrong}; the keys are {', '.join(wanted)}")
     for key in set(wanted) - {"name"}:
         if isinstance(values[key], bool) or not isinstance(values[key], (int, float)) or values[key] <= 0:
             raise ConfigError(f"--hardware {name}: {key} = {values[key]!r}; set a number above 0")

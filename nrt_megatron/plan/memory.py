@@ -113,9 +113,7 @@ def _activations(costs: Costs, stage: Stage, work: Pass, num_micro_batches: int)
         layer_now = layer * min(unit, again)
     else:
         layer_now = 0.0
-    last = (
-        (4 if stage.last else 0) * costs.element * costs.shape.hidden_size
-    )  # final norm, gathered and chosen
+    last = (4 if stage.last else 0) * costs.element * costs.shape.hidden_size  # final norm, gathered and chosen
     return tokens * (kept * passes + layer_now + last)
 
 

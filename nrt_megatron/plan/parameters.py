@@ -28,7 +28,5 @@ def num_vocab_matrices(shape: ModelShape, stage: Stage) -> int:
 def stage_parameters(shape: ModelShape, cfg: Megatron, layout: Layout, stage: Stage) -> int:
     """Parameters on one rank of the stage. Norms are not split over tensor-parallel ranks."""
     norms = (2 * stage.layers + stage.last) * shape.hidden_size
-    matrices = stage.layers * layer_matrix(shape) + num_vocab_matrices(shape, stage) * vocab_matrix(
-        shape, cfg
-    )
+    matrices = stage.layers * layer_matrix(shape) + num_vocab_matrices(shape, stage) * vocab_matrix(shape, cfg)
     return matrices // layout.tp + norms

@@ -79,6 +79,4 @@ def model_shape(recipe: Recipe) -> ModelShape:
     if model.shape is not None:
         return ModelShape.from_hf(model.shape)
     problem = "no model is given" if model.path is None else "not on this machine, so its shape is not known"
-    raise ConfigError.at(
-        "policy.model.path", model.path, problem, "set policy.model.shape to its config.json, inline"
-    )
+    raise ConfigError.at("policy.model.path", model.path, problem, "set policy.model.shape to its config.json, inline")

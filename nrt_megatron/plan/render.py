@@ -17,9 +17,7 @@ def show(plan: Plan, console: Console | None = None) -> None:
     console = console or Console()
     if not console.is_terminal:
         console.width = _WIDTH
-    console.print(
-        f"[bold]{plan.recipe}[/] on {plan.gpus} x {plan.hardware}: {_layout(plan)}", highlight=False
-    )
+    console.print(f"[bold]{plan.recipe}[/] on {plan.gpus} x {plan.hardware}: {_layout(plan)}", highlight=False)
     console.print(_memory(plan))
     console.print(_verdict(plan), highlight=False, soft_wrap=True)
     console.print(_phases(plan))
@@ -33,9 +31,7 @@ def _layout(plan: Plan) -> str:
 
 
 def _memory(plan: Plan) -> Table:
-    table = Table(
-        title="GiB on each GPU of a stage; total is the peak: activations and KV cache are not there at once"
-    )
+    table = Table(title="GiB on each GPU of a stage; total is the peak: activations and KV cache are not there at once")
     for heading in ("stage", "layers", "parameters", *(name.replace("_", " ") for name in _MEMORY)):
         table.add_column(heading, justify="right", no_wrap=True)
     for index, stage in enumerate(plan.stages):
@@ -45,9 +41,7 @@ def _memory(plan: Plan) -> Table:
 
 
 def _verdict(plan: Plan) -> str:
-    usable = (
-        f"{plan.peak_gib:.1f} of {plan.memory_gib:.1f} GiB ({efficiency.RESERVED_GIB:g} more are reserved)"
-    )
+    usable = f"{plan.peak_gib:.1f} of {plan.memory_gib:.1f} GiB ({efficiency.RESERVED_GIB:g} more are reserved)"
     if plan.fits:
         return f"[green]fits:[/] {usable}"
     return f"[red]does not fit:[/] {usable}\nfirst change to try: {plan.first_change}"
@@ -70,9 +64,7 @@ def _row(phase: Phase) -> list[str]:
 
 
 def _details(plan: Plan) -> list[str]:
-    causes = ", ".join(
-        f"{name.replace('_', ' ')} {s:.2f}" for name, s in plan.update_seconds.items() if s >= 0.005
-    )
+    causes = ", ".join(f"{name.replace('_', ' ')} {s:.2f}" for name, s in plan.update_seconds.items() if s >= 0.005)
     sent = ", ".join(f"{kind} {gib:,.1f}" for kind, gib in plan.traffic_gib.items() if gib)
     tokens = ", ".join(f"{name} {count:,.0f}" for name, count in plan.tokens_per_sequence.items())
     return [

@@ -119,12 +119,7 @@ class RolloutBatch:
         mask = 1 + element
         prefill = self._slice(self.prompts, lengths.prompt) * (token + mask * lengths.prompt)
         scoring = self._slice(self.rows, MARKER + lengths.answer) * (token + mask * self.columns)
-        logits = (
-            vocab_matrix(shape, costs.cfg)
-            / shape.hidden_size
-            / costs.layout.tp
-            * costs.cfg.logprob_chunk_size
-        )
+        logits = vocab_matrix(shape, costs.cfg) / shape.hidden_size / costs.layout.tp * costs.cfg.logprob_chunk_size
         drawing = (element + 28) * self.rows * shape.vocab_size
         return max(prefill, scoring + stage.last * 8 * logits, stage.last * drawing)
 
@@ -169,9 +164,7 @@ def _turn(costs: Costs, batch: RolloutBatch, work: Pass, draws: bool = False) ->
     entropy and the cumulative distribution over the gathered logits, `mcore/sampling.py`) is work of the last stage.
     """
     layout = costs.layout
-    transfer = (
-        costs.stage_transfer_bytes(work.sequences * work.tokens, inference=True) / layout.pipeline_bandwidth
-    )
+    transfer = costs.stage_transfer_bytes(work.sequences * work.tokens, inference=True) / layout.pipeline_bandwidth
     stages = []
     for stage in layout.stages:
         fp8 = stage.fp8_layers if batch.fp8 else 0

@@ -43,9 +43,7 @@ def update_time(costs: Costs, micro_batch: Pass, num_micro_batches: int, *, chun
     """
     layout, chunks = costs.layout, costs.layout.chunks
     forward = [stage_pass(costs, stage, micro_batch, chunked=chunked_loss) for stage in layout.stages]
-    backward = [
-        stage_pass(costs, stage, micro_batch, chunked=chunked_loss, backward=True) for stage in layout.stages
-    ]
+    backward = [stage_pass(costs, stage, micro_batch, chunked=chunked_loss, backward=True) for stage in layout.stages]
     times = [f + b for f, b in zip(forward, backward)]
     slowest = max(times, key=lambda time: time.total)
     exchange = 0.0
@@ -75,8 +73,7 @@ def stage_pass(costs: Costs, stage: Stage, work: Pass, *, chunked: bool, backwar
     """One micro-batch through a stage in one direction; recomputed layers run forward again first."""
     plain = stage.layers - stage.fp8_layers
     time = (
-        costs.layer(work, backward=backward) * plain
-        + costs.layer(work, fp8=True, backward=backward) * stage.fp8_layers
+        costs.layer(work, backward=backward) * plain + costs.layer(work, fp8=True, backward=backward) * stage.fp8_layers
     )
     if backward:
         time += _recomputation(costs, stage, work)

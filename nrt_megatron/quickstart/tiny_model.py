@@ -155,9 +155,7 @@ def build(directory: Path, settings: Settings, validation: list[Row]) -> dict[st
         model = build_model(settings, tokenizer)
         loss = train(model, encoder, settings)
         accuracy = accuracy_given_sums(model, encoder, validation)
-    model.generation_config = GenerationConfig(
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-    )
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return {"loss": loss, "accuracy_given_sums": accuracy}

@@ -100,9 +100,7 @@ def build(directory: Path, settings: Settings) -> dict[str, Any]:
     """Writes base/, train.jsonl and validation.jsonl; returns what was measured on the base model."""
     from nrt_megatron.quickstart import tiny_model
 
-    validation = distinct_rows(
-        settings, Random(f"validation {settings.seed}"), True, settings.validation_questions
-    )
+    validation = distinct_rows(settings, Random(f"validation {settings.seed}"), True, settings.validation_questions)
     write_jsonl(directory / "validation.jsonl", map(asdict, validation))
     train = distinct_rows(settings, Random(f"train {settings.seed}"), False, settings.train_questions)
     write_jsonl(directory / "train.jsonl", map(asdict, train))

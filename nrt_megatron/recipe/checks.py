@@ -117,15 +117,11 @@ def _check_objective(recipe: Recipe) -> None:
         raise ConfigError.at("nrt.rollout_importance_sampling", True, problem, "set it to false")
     if nrt.num_generations_per_prompt == 1 and nrt.scale_reward_by == "std" and nrt.reward_scheme != "sft":
         problem = "one trace has no standard deviation (nrt.scale_reward_by = 'std')"
-        raise ConfigError.at(
-            "nrt.num_generations_per_prompt", 1, problem, "set 2 or more, or nrt.scale_reward_by=none"
-        )
+        raise ConfigError.at("nrt.num_generations_per_prompt", 1, problem, "set 2 or more, or nrt.scale_reward_by=none")
     for low, high in (("ratio_clip_min", "ratio_clip_max"), ("ratio_drop_min", "ratio_drop_max")):
         if getattr(nrt, low) > getattr(nrt, high):
             problem = f"above nrt.{high} = {getattr(nrt, high)}"
-            raise ConfigError.at(
-                f"nrt.{low}", getattr(nrt, low), problem, f"set at most {getattr(nrt, high)}"
-            )
+            raise ConfigError.at(f"nrt.{low}", getattr(nrt, low), problem, f"set at most {getattr(nrt, high)}")
 
 
 def _check_lengths(recipe: Recipe) -> None:
@@ -133,9 +129,7 @@ def _check_lengths(recipe: Recipe) -> None:
     total, trace = recipe.policy.max_total_sequence_length, recipe.policy.generation.max_new_tokens
     trace = 0 if recipe.nrt.reward_scheme == "sft" else trace
     if trace >= total:
-        problem = (
-            f"a trace of policy.generation.max_new_tokens = {trace} leaves no room for prompt and answer"
-        )
+        problem = f"a trace of policy.generation.max_new_tokens = {trace} leaves no room for prompt and answer"
         remedy = f"set more than {trace}, or policy.generation.max_new_tokens below {total}"
         raise ConfigError.at("policy.max_total_sequence_length", total, problem, remedy)
     for key, value in (
@@ -144,11 +138,7 @@ def _check_lengths(recipe: Recipe) -> None:
     ):
         if value is not None and value + trace >= total:
             problem = f"with a trace of {trace} it fills policy.max_total_sequence_length = {total}"
-            remedy = (
-                f"set at most {total - trace - 1}"
-                if total - trace > 1
-                else f"set the total above {value + trace}"
-            )
+            remedy = f"set at most {total - trace - 1}" if total - trace > 1 else f"set the total above {value + trace}"
             raise ConfigError.at(f"data.{key}", value, problem, remedy)
 
 
@@ -156,9 +146,7 @@ def _check_schedule(recipe: Recipe) -> None:
     optimizer = recipe.policy.optimizer
     if optimizer.min_lr > optimizer.lr:
         problem = f"above policy.optimizer.lr = {optimizer.lr}"
-        raise ConfigError.at(
-            "policy.optimizer.min_lr", optimizer.min_lr, problem, f"set at most {optimizer.lr}"
-        )
+        raise ConfigError.at("policy.optimizer.min_lr", optimizer.min_lr, problem, f"set at most {optimizer.lr}")
     if recipe.evaluation.every and recipe.data.validation is None:
         problem = "there is nothing to evaluate on (data.validation is null)"
         raise ConfigError.at(

@@ -38,17 +38,13 @@ def check_run_dir(recipe: Recipe) -> None:
     if not nearest.is_dir():
         raise ConfigError.at("run_dir", recipe.run_dir, f"{nearest} is a file", "set another directory")
     if not os.access(nearest, os.W_OK | os.X_OK):
-        raise ConfigError.at(
-            "run_dir", recipe.run_dir, f"{nearest} is not writable", "set a directory of your own"
-        )
+        raise ConfigError.at("run_dir", recipe.run_dir, f"{nearest} is not writable", "set a directory of your own")
 
 
 def _check_directory(key: str, path: str, holds: str) -> None:
     if not Path(path).is_dir():
         problem = "not a directory" if Path(path).exists() else f"no such directory in {Path.cwd()}"
-        raise MissingFileError.at(
-            key, path, problem, f"give a local directory with {holds} (nothing is downloaded)"
-        )
+        raise MissingFileError.at(key, path, problem, f"give a local directory with {holds} (nothing is downloaded)")
 
 
 def _read_config(directory: Path) -> tuple[dict[str, Any], Path]:
@@ -66,9 +62,7 @@ def _read_config(directory: Path) -> tuple[dict[str, Any], Path]:
         problem = f"{found[0].name} is not what it should be ({error})"
         raise ConfigError.at(key, str(directory), problem, "restore the file") from None
     except OSError as error:
-        raise ConfigError.at(
-            key, str(directory), f"{found[0].name}: {error.strerror}", "make it readable"
-        ) from None
+        raise ConfigError.at(key, str(directory), f"{found[0].name}: {error.strerror}", "make it readable") from None
     if not isinstance(config, dict):
         raise ConfigError.at(key, str(directory), f"{found[0].name} holds no JSON object", "restore the file")
     return config, found[0]
@@ -80,7 +74,9 @@ def _check_planned_shape(shape: dict[str, Any], config: dict[str, Any], source: 
         found = config.get(key, planned)
         if found != planned and not (key == "vocab_size" and found > planned):
             problem = f"{source} has {found}"
-            raise ConfigError.at(f"policy.model.shape.{key}", planned, problem, f"set {found}, or the model it describes")
+            raise ConfigError.at(
+                f"policy.model.shape.{key}", planned, problem, f"set {found}, or the model it describes"
+            )
 
 
 def _check_file(key: str, path: str) -> None:

@@ -58,9 +58,7 @@ def _check_section(node: dict[str, Any], section: type, prefix: str, source: str
                 continue
             if not isinstance(value, dict):
                 keys = ", ".join(typing.get_type_hints(hints[name]))
-                raise ConfigError.at(
-                    key, value, f"{key} is a section ({source})", f"set keys inside it: {keys}"
-                )
+                raise ConfigError.at(key, value, f"{key} is a section ({source})", f"set keys inside it: {keys}")
             value = _check_section(value, hints[name], f"{key}.", source)
         result[name] = value
     return result

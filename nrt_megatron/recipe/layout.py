@@ -86,15 +86,9 @@ def check_batches(recipe: Recipe) -> None:
     if prompts % dp:
         problem = f"cannot be dealt evenly to {dp} data-parallel ranks"
         near = [n for n in (prompts // dp * dp, (prompts // dp + 1) * dp) if n]
-        raise ConfigError.at(
-            "nrt.num_prompts_per_step", prompts, problem, f"set a multiple of {dp}: {_listed(near)}"
-        )
+        raise ConfigError.at("nrt.num_prompts_per_step", prompts, problem, f"set a multiple of {dp}: {_listed(near)}")
     if total % batch or batch % (k * dp):
-        whole = (
-            f"{prompts} prompts x {k} traces = {total} sequences a step"
-            if k > 1
-            else f"{total} prompts a step"
-        )
+        whole = f"{prompts} prompts x {k} traces = {total} sequences a step" if k > 1 else f"{total} prompts a step"
         problem = (
             f"{whole} do not fill whole updates of it"
             if total % batch
@@ -116,9 +110,7 @@ def check_training_batch(recipe: Recipe) -> None:
         problem = f"cannot be dealt evenly to {dp} data-parallel ranks"
         raise ConfigError.at("policy.train_global_batch_size", batch, problem, f"set {_listed(near)}")
     if batch // dp % micro:
-        problem = (
-            f"does not divide the {batch // dp} sequences of an update on one of {dp} data-parallel ranks"
-        )
+        problem = f"does not divide the {batch // dp} sequences of an update on one of {dp} data-parallel ranks"
         valid = _nearest(_divisors(batch // dp), micro)
         raise ConfigError.at("policy.train_micro_batch_size", micro, problem, f"set {_listed(valid)}")
     cfg = recipe.policy.megatron_cfg
@@ -144,7 +136,7 @@ def check_model_shape(recipe: Recipe, config: Mapping[str, Any], source: str) ->
     code that builds the model: it refuses them with their own message.
     """
     cfg = recipe.policy.megatron_cfg
-    tp, pp = cfg.tensor_model_parallel_size, cfg.pipeline_model_parallel_size
+    tp = cfg.tensor_model_parallel_size
     cut = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
     sizes = {key: config[key] for key in cut if _is_size(config.get(key))}
     for key, size in sizes.items():

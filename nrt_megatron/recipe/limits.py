@@ -181,6 +181,4 @@ def _check_match(match: str) -> None:
 def _check_template(template: str | None) -> None:
     if template not in (None, "chat") and "{question}" not in template:
         problem = "holds no {question}, so every prompt would be the same"
-        raise ConfigError.at(
-            "data.prompt_template", template, problem, "write {question} into it, or set chat"
-        )
+        raise ConfigError.at("data.prompt_template", template, problem, "write {question} into it, or set chat")

@@ -78,9 +78,7 @@ def _read_chain(path: Path, parents: tuple[Path, ...]) -> list[Layer]:
     resolved = path.resolve()
     if resolved in parents:
         chain = " -> ".join(parent.name for parent in (*parents[parents.index(resolved) :], resolved))
-        raise ConfigError.at(
-            "defaults", parents[-1].name, f"files inherit in a circle: {chain}", "remove one of them"
-        )
+        raise ConfigError.at("defaults", parents[-1].name, f"files inherit in a circle: {chain}", "remove one of them")
     layer = _parse(_read_text(path, parents), str(path))
     defaults = layer.pop("defaults", None)
     names = [defaults] if isinstance(defaults, str) else defaults or []
@@ -103,9 +101,7 @@ def _read_text(path: Path, parents: tuple[Path, ...]) -> str:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{what}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
     except OSError as error:
-        raise ConfigError(
-            f"{what}: cannot be read ({error.strerror}); give the path of a YAML file"
-        ) from None
+        raise ConfigError(f"{what}: cannot be read ({error.strerror}); give the path of a YAML file") from None
 
 
 def _parse(text: str, source: str) -> dict[str, Any]:
@@ -134,9 +130,7 @@ def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     for text in overrides:
         key, equals, value = text.partition("=")
         if not equals or not key.strip():
-            hint = (
-                "give overlay files with --config" if text.endswith((".yaml", ".yml")) else "write key=value"
-            )
+            hint = "give overlay files with --config" if text.endswith((".yaml", ".yml")) else "write key=value"
             raise ConfigError(f"{text!r}: not an override; {hint}, e.g. nrt.seed=7")
         try:
             parsed = OmegaConf.merge(OmegaConf.create(layer), OmegaConf.from_dotlist([text]))
@@ -167,9 +161,7 @@ def _preset_layer(layers: list[Layer]) -> list[Layer]:
     if not named or named[-1] is None:
         return []
     if not isinstance(named[-1], str) or named[-1] not in PRESETS:
-        raise ConfigError.at(
-            "nrt.preset", named[-1], "unknown preset", f"choose {', '.join(PRESETS)} or null"
-        )
+        raise ConfigError.at("nrt.preset", named[-1], "unknown preset", f"choose {', '.join(PRESETS)} or null")
     return [({"nrt": PRESETS[named[-1]]}, f"preset {named[-1]}")]
 
 

@@ -87,9 +87,7 @@ class Progress:
 
     def _line(self, row: Mapping[str, Any]) -> str:
         parts = [f"step {row['step']}/{self._total}"]
-        parts += [
-            f"{name} {number(row[key], spec)}" for name, key, spec in (*SHOWN, *EVALUATION) if key in row
-        ]
+        parts += [f"{name} {number(row[key], spec)}" for name, key, spec in (*SHOWN, *EVALUATION) if key in row]
         parts += [f"{phase} {short(speed)} tok/s" for phase, speed in speeds([row]).items()]
         return "  ".join([*parts, f"left {self._left()}"] if "loss" in row else parts)
 

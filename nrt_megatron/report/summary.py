@@ -41,9 +41,7 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> Table:
         if not found:
             continue
         table.add_section()
-        table.add_row(
-            title, f"step {found[0]['step']}", f"step {found[-1]['step']}" if found[1:] else "", style="bold"
-        )
+        table.add_row(title, f"step {found[0]['step']}", f"step {found[-1]['step']}" if found[1:] else "", style="bold")
         for name, key, spec in lines:
             if key in found[0] or key in found[-1]:
                 first, last = (number(row.get(key), spec) for row in (found[0], found[-1]))

@@ -72,9 +72,7 @@ def test_a_changed_field_changes_its_key_only() -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_shape_without_its_config_writes_one_that_reads_the_same(variant: str) -> None:
-    shape = ModelShape.from_hf(
-        {**{k: v for k, v in LLAMA.items() if k != "architectures"}, **VARIANTS[variant]}
-    )
+    shape = ModelShape.from_hf({**{k: v for k, v in LLAMA.items() if k != "architectures"}, **VARIANTS[variant]})
     assert ModelShape.from_hf(replace(shape, original={}).to_hf()) == shape
 
 

@@ -50,9 +50,7 @@ def logits(directory: Path, text: str = "What is the use of a book?") -> torch.T
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_there_and_back_gives_the_same_bits_and_config(
-    tmp_path, monkeypatch, variant: str, dtype: str
-) -> None:
+def test_there_and_back_gives_the_same_bits_and_config(tmp_path, monkeypatch, variant: str, dtype: str) -> None:
     monkeypatch.setattr(importer, "PIECE_BYTES", 1000)  # several pieces per matrix
     hf = save_model(tmp_path / "hf", variant, dtype=getattr(torch, dtype), shard="40KB")
     import_hf(hf, tmp_path / "checkpoint", tokenizer=False)
@@ -60,9 +58,7 @@ def test_there_and_back_gives_the_same_bits_and_config(
     assert len(list(hf.glob("*.safetensors"))) > 3
     assert_identical(tensors(hf), tensors(tmp_path / "back"))
     assert config(hf) == config(tmp_path / "back")
-    theirs, ours = (
-        json.loads((d / "model.safetensors.index.json").read_text()) for d in (hf, tmp_path / "back")
-    )
+    theirs, ours = (json.loads((d / "model.safetensors.index.json").read_text()) for d in (hf, tmp_path / "back"))
     assert ours["weight_map"].keys() == theirs["weight_map"].keys()
     assert ours["metadata"] == theirs["metadata"]
 
@@ -152,9 +148,7 @@ def test_added_token_starts_where_its_init_says(tmp_path, variant: str, init: st
 
     before, after = logits(hf), logits(tmp_path / "back")
     assert torch.allclose(before, after[:300], atol=1e-6)
-    like = {"eos": [1], "mean": list(range(300))}.get(init) or tokenizer.encode(
-        init, add_special_tokens=False
-    )
+    like = {"eos": [1], "mean": list(range(300))}.get(init) or tokenizer.encode(init, add_special_tokens=False)
     # The logit is linear in the output row; with an untied or a tied matrix alike.
     assert torch.allclose(after[marker], before[like].mean(), atol=1e-5)
     if init == "mean":  # Jensen: not above the average probability
@@ -185,9 +179,7 @@ def test_a_token_that_exists_is_not_added_again(tmp_path) -> None:
 def test_sentencepiece_tokenizer_is_carried_and_extended(tmp_path) -> None:
     hf = save_sentencepiece(save_model(tmp_path / "hf", "llama2", vocab_size=380))
     import_hf(hf, tmp_path / "plain")
-    assert (tmp_path / "plain/tokenizer/tokenizer.model").read_bytes() == (
-        hf / "tokenizer.model"
-    ).read_bytes()
+    assert (tmp_path / "plain/tokenizer/tokenizer.model").read_bytes() == (hf / "tokenizer.model").read_bytes()
     import_hf(hf, tmp_path / "added", add_token=[MARKER])
     export_hf(tmp_path / "added", tmp_path / "back")
     from transformers import AutoTokenizer

@@ -78,9 +78,7 @@ def test_row_parallel_layers_are_cut_by_columns(weights) -> None:
 
 def test_norms_are_whole_on_every_rank(weights) -> None:
     parameter = LAYER["input_layernorm.weight"]
-    assert torch.equal(
-        read_shard(weights, parameter, 1, 2), weights.read("model.layers.0.input_layernorm.weight")
-    )
+    assert torch.equal(read_shard(weights, parameter, 1, 2), weights.read("model.layers.0.input_layernorm.weight"))
 
 
 @pytest.mark.parametrize("max_rows", [1, 2, 3, 4, 100])

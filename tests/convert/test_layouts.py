@@ -134,9 +134,7 @@ def prove(layout: tuple, sources: dict, tmp_path: Path, timeout: float) -> None:
     for variant, (hf, *_) in sources.items():
         checkpoint = tmp_path / variant
         take_out(variant, together, checkpoint)
-        meta = CheckpointMeta(
-            step=0, world_size=len(results), model=ModelShape.from_dir(hf).to_hf(), kind="train"
-        )
+        meta = CheckpointMeta(step=0, world_size=len(results), model=ModelShape.from_dir(hf).to_hf(), kind="train")
         (checkpoint / "meta.json").write_text(meta.to_json())
         export_hf(checkpoint, checkpoint / "release")
         assert_identical(tensors(hf), tensors(checkpoint / "release"))

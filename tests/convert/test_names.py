@@ -38,13 +38,11 @@ _LLAMA31 = {
 # The values of the models' published config.json files, and their published parameter counts.
 PUBLIC = {
     "Llama-3.1-8B": (
-        _LLAMA31
-        | dict(hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_hidden_layers=32),
+        _LLAMA31 | dict(hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_hidden_layers=32),
         8_030_261_248,
     ),
     "Llama-3.1-70B": (
-        _LLAMA31
-        | dict(hidden_size=8192, intermediate_size=28672, num_attention_heads=64, num_hidden_layers=80),
+        _LLAMA31 | dict(hidden_size=8192, intermediate_size=28672, num_attention_heads=64, num_hidden_layers=80),
         70_553_706_496,
     ),
     "Mistral-7B-v0.1": (

@@ -54,9 +54,7 @@ def trained(converted: Path, root: Path, tokenizer: Path, **data) -> tuple[Path,
     checkpoint = step_dir(run / "checkpoints", 10)
     shutil.copytree(converted, checkpoint)
     settings = Tokenizer(path=str(tokenizer), trace_open="<think>\n", marker=MARKER, add_marker=True)
-    recipe = Recipe(
-        run_dir=str(run), policy=Policy(tokenizer=settings), data=Data(train="train.jsonl", **data)
-    )
+    recipe = Recipe(run_dir=str(run), policy=Policy(tokenizer=settings), data=Data(train="train.jsonl", **data))
     (checkpoint / "recipe.yaml").write_text(to_yaml(recipe))
     meta = json.loads((checkpoint / "meta.json").read_text())
     (checkpoint / "meta.json").write_text(json.dumps({**meta, "kind": "train", "step": 10}))
@@ -84,9 +82,7 @@ def test_the_chat_template_makes_the_prompts_of_training(converted, tmp_path, ki
     if prompt == "chat":
         (source / "chat_template.jinja").write_text(CHATML)
     text = 'Question: {question}\nAnswer "briefly":'
-    data = {"text": {"prompt_template": text}, "text with BOS": {"prompt_template": "<s>" + text}}.get(
-        prompt, {}
-    )
+    data = {"text": {"prompt_template": text}, "text with BOS": {"prompt_template": "<s>" + text}}.get(prompt, {})
     checkpoint, recipe = trained(converted, tmp_path, source, **data)
     export_hf(checkpoint, tmp_path / "release")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "release")
@@ -103,16 +99,12 @@ def test_the_chat_template_makes_the_prompts_of_training(converted, tmp_path, ki
 
 @pytest.mark.parametrize("template", [CHATML, LLAMA2], ids=["chatml", "llama2"])
 @pytest.mark.parametrize("generate", [True, False])
-def test_a_template_renders_as_before_where_there_is_no_trace(
-    tmp_path, template: str, generate: bool
-) -> None:
+def test_a_template_renders_as_before_where_there_is_no_trace(tmp_path, template: str, generate: bool) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(save_tokenizer(tmp_path))
     before, after = (
-        tokenizer.apply_chat_template(
-            CONVERSATION, chat_template=t, tokenize=False, add_generation_prompt=generate
-        )
+        tokenizer.apply_chat_template(CONVERSATION, chat_template=t, tokenize=False, add_generation_prompt=generate)
         for t in (template, with_traces(template, "<think>", MARKER))
     )
     assert after == before + ("<think>" if generate else "")
@@ -149,14 +141,10 @@ def test_card_and_generation_config_tell_of_the_run(converted, tmp_path) -> None
 
 def test_generation_config_of_the_source_is_kept(tmp_path) -> None:
     hf = save_tokenizer(save_model(tmp_path / "hf", "llama3.2"))
-    (hf / "generation_config.json").write_text(
-        '{"eos_token_id": [1, 7], "temperature": 0.6, "do_sample": true}'
-    )
+    (hf / "generation_config.json").write_text('{"eos_token_id": [1, 7], "temperature": 0.6, "do_sample": true}')
     import_hf(hf, tmp_path / "checkpoint")
     export_hf(tmp_path / "checkpoint", tmp_path / "release")
-    assert (tmp_path / "release/generation_config.json").read_bytes() == (
-        hf / "generation_config.json"
-    ).read_bytes()
+    assert (tmp_path / "release/generation_config.json").read_bytes() == (hf / "generation_config.json").read_bytes()
 
 
 LOAD = """
@@ -178,13 +166,9 @@ assert model.get_output_embeddings().weight is model.get_input_embeddings().weig
 def test_transformers_loads_a_release_without_a_warning(converted, tmp_path) -> None:
     checkpoint, _ = trained(converted, tmp_path, save_tokenizer(tmp_path / "tokenizer"))
     export_hf(checkpoint, tmp_path / "release", max_shard_size="200KB")
-    done = subprocess.run(
-        [sys.executable, "-c", LOAD, str(tmp_path / "release")], capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", LOAD, str(tmp_path / "release")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    noise = [
-        line for line in done.stderr.splitlines() if line.strip() and "Loading checkpoint shards" not in line
-    ]
+    noise = [line for line in done.stderr.splitlines() if line.strip() and "Loading checkpoint shards" not in line]
     assert not noise, noise
 
 

@@ -46,9 +46,7 @@ INST_TEMPLATE = (
 )
 
 
-def write_fast(
-    path: Path, tokenizer: Tokenizer, config: Optional[dict[str, Any]] = None, **state: Any
-) -> Path:
+def write_fast(path: Path, tokenizer: Tokenizer, config: Optional[dict[str, Any]] = None, **state: Any) -> Path:
     """A directory with tokenizer.json (fields in `state` replaced) and tokenizer_config.json."""
     path.mkdir(parents=True, exist_ok=True)
     (path / "tokenizer.json").write_text(json.dumps({**json.loads(tokenizer.to_str()), **state}))
@@ -89,14 +87,10 @@ def llama2_bpe(prepend: bool = True) -> Tokenizer:
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     pieces = [f"<0x{byte:02X}>" for byte in range(256)]
-    trainer = trainers.BpeTrainer(
-        vocab_size=700, special_tokens=["<unk>", "<s>", "</s>", *pieces], show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=700, special_tokens=["<unk>", "<s>", "</s>", *pieces], show_progress=False)
     tokenizer.train_from_iterator(CORPUS, trainer)
     state = json.loads(tokenizer.to_str())
-    state["added_tokens"] = [
-        token for token in state["added_tokens"] if not token["content"].startswith("<0x")
-    ]
+    state["added_tokens"] = [token for token in state["added_tokens"] if not token["content"].startswith("<0x")]
     return Tokenizer.from_str(json.dumps(state))
 
 

@@ -25,9 +25,7 @@ def chat(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return load_tokenizer(path, Settings())
 
 
-def _dataset(
-    tmp_path: Path, rows: Any, tokenizer: Tokenizer, limits: Limits = ROOMY, **data: Any
-) -> QADataset:
+def _dataset(tmp_path: Path, rows: Any, tokenizer: Tokenizer, limits: Limits = ROOMY, **data: Any) -> QADataset:
     path = builders.write_jsonl(tmp_path / "data.jsonl", rows)
     return QADataset(str(path), Data(train=str(path), **data), tokenizer, limits)
 
@@ -223,9 +221,7 @@ def test_every_prompt_too_long(tmp_path: Path, words: Tokenizer) -> None:
         ("b.parquet", b"PAR1 and then nothing", "not a Parquet file"),
     ],
 )
-def test_files_that_cannot_be(
-    tmp_path: Path, words: Tokenizer, name: str, content: bytes | None, why: str
-) -> None:
+def test_files_that_cannot_be(tmp_path: Path, words: Tokenizer, name: str, content: bytes | None, why: str) -> None:
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ConfigError, match=why) as error:

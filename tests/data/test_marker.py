@@ -50,9 +50,7 @@ def test_a_vocabulary_entry_becomes_a_special_token_without_growth(tmp_path: Pat
 
 
 def test_a_fixed_few_tokens(plain: Path) -> None:
-    with pytest.raises(
-        ConfigError, match=r"marker = '### Answer:': it is \d+ tokens.*add_marker=true"
-    ) as error:
+    with pytest.raises(ConfigError, match=r"marker = '### Answer:': it is \d+ tokens.*add_marker=true") as error:
         load_tokenizer(plain, Settings(marker="### Answer:"))
     assert "\n" not in str(error.value)
     tokenizer = load_tokenizer(plain, Settings(marker="### Answer:", require_single_token_marker=False))

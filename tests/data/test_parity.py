@@ -102,9 +102,7 @@ def test_tokenizer_json(tmp_path: Path, kind: str) -> None:
 def test_prefix_space_of_tokenizer_config_wins(tmp_path: Path, prefix: bool) -> None:
     made = builders.byte_level_bpe()
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    path = builders.write_fast(
-        tmp_path, made, {"eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"}
-    )
+    path = builders.write_fast(tmp_path, made, {"eos_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"})
     if prefix:
         config = json.loads((path / "tokenizer_config.json").read_text())
         (path / "tokenizer_config.json").write_text(json.dumps({**config, "add_prefix_space": True}))
@@ -142,18 +140,14 @@ def test_sentencepiece(tmp_path: Path, model_type: str, legacy: bool | None) -> 
     theirs = LlamaTokenizer(str(path / "tokenizer.model"), legacy=legacy)
     _compare_bos(ours, theirs)
     for text in [*PLAIN, *MARKED]:
-        assert ours.encode([Piece(text, True)]) == theirs(text, add_special_tokens=False)["input_ids"], repr(
-            text
-        )
+        assert ours.encode([Piece(text, True)]) == theirs(text, add_special_tokens=False)["input_ids"], repr(text)
         if legacy is not False:
             assert ours.decode(ours.encode_user(text)) == text
 
 
 def test_sentencepiece_against_its_own_library_and_the_fast_conversion(tmp_path: Path) -> None:
     path = builders.sentencepiece_model(tmp_path / "base")
-    (path / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "LlamaTokenizer", "legacy": True})
-    )
+    (path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", "legacy": True}))
     ours = load_tokenizer(path, Settings(add_marker=True))
     slow = _theirs(path, use_fast=False)
     for text in PLAIN:
@@ -161,9 +155,7 @@ def test_sentencepiece_against_its_own_library_and_the_fast_conversion(tmp_path:
     fast = LlamaTokenizerFast.from_pretrained(str(path))
     for text in [*PLAIN, *MARKED]:
         if text.strip(" ") or not text:  # White space alone comes out differently within transformers itself.
-            assert ours.encode([Piece(text, True)]) == fast(text, add_special_tokens=False)["input_ids"], (
-                repr(text)
-            )
+            assert ours.encode([Piece(text, True)]) == fast(text, add_special_tokens=False)["input_ids"], repr(text)
 
 
 @pytest.mark.parametrize("use_fast", [True, False])
@@ -176,9 +168,7 @@ def test_sentencepiece_saved(tmp_path: Path, use_fast: bool) -> None:
     theirs = _theirs(tmp_path / "saved", use_fast=use_fast)
     marker = "<|response_start|>"
     assert (len(theirs), theirs.eos_token_id) == (ours.vocab_size, ours.eos_id)
-    assert theirs(f"a{marker}b", add_special_tokens=False)["input_ids"] == ours.encode(
-        [Piece(f"a{marker}b", True)]
-    )
+    assert theirs(f"a{marker}b", add_special_tokens=False)["input_ids"] == ours.encode([Piece(f"a{marker}b", True)])
     _compare_chats(ours, theirs, CONVERSATIONS)
     again = load_tokenizer(tmp_path / "saved", Settings())
     assert (again.marker_ids, again.added_tokens, again.vocab_size) == (ours.marker_ids, [], ours.vocab_size)

@@ -32,14 +32,11 @@ class Rows:
     def get(self, rows: Sequence[int]) -> list[Any]:
         self.largest_request = max(self.largest_request, len(rows))
         return [
-            BadRow(self.bad[row], "why") if row in self.bad else Example(row, (1,), (2, 0), "q", "a")
-            for row in rows
+            BadRow(self.bad[row], "why") if row in self.bad else Example(row, (1,), (2, 0), "q", "a") for row in rows
         ]
 
 
-def _sampler(
-    count: int, bad: dict[int, str] | None = None, seed: int = 3, shuffle: bool = True
-) -> PromptSampler:
+def _sampler(count: int, bad: dict[int, str] | None = None, seed: int = 3, shuffle: bool = True) -> PromptSampler:
     return PromptSampler(Rows(count, bad), seed, shuffle)  # type: ignore[arg-type]
 
 
@@ -128,9 +125,7 @@ def test_states_of_another_run_are_refused(tmp_path: Path) -> None:
     sampler("moved.jsonl", rows).load_state_dict(state)
     changed = [*rows[:3], {"question": "q3", "answer": "a0"}]  # same size, same number of rows
     for other in (changed, rows[:3]):
-        with pytest.raises(
-            ConfigError, match=r"data.train = .*started on another file \(4 rows, \d+ bytes\)"
-        ):
+        with pytest.raises(ConfigError, match=r"data.train = .*started on another file \(4 rows, \d+ bytes\)"):
             sampler("two.jsonl", other).load_state_dict(state)
     with pytest.raises(ConfigError, match=r"nrt\.seed = 2: the run was started with 1"):
         sampler("one.jsonl", rows, seed=2).load_state_dict(state)

@@ -48,9 +48,7 @@ def test_parquet_chat_and_bad_rows(tmp_path: Path, words: Tokenizer) -> None:
     path = _parquet(tmp_path / "chat.parquet", rows, group=2)
     dataset = QADataset(path, Data(), words, ROOMY)
     assert dataset[1].prompt_ids == (7, 5)
-    with pytest.raises(
-        ConfigError, match=r"row 2 \(row group 1\): no 'question' and no 'answer', and no 'messages'"
-    ):
+    with pytest.raises(ConfigError, match=r"row 2 \(row group 1\): no 'question' and no 'answer', and no 'messages'"):
         dataset.check()
     wrong = _parquet(tmp_path / "wrong.parquet", [{"prompt": "w1"}], group=2)
     with pytest.raises(ConfigError, match="no 'question'"):

@@ -56,9 +56,7 @@ def test_control_tokens_in_user_text_are_text(tmp_path: Path, kind: str, text: s
     assert not control & set(ids)
     if kind in ("byte_level", "llama2", "metaspace", "spm_bpe"):
         assert tokenizer.decode(ids) == text or tokenizer.decode(ids) == text.removeprefix(" ")
-    assert (
-        tokenizer.encode([Piece("a", True), Piece(text, False), Piece("</s>", True)])[-1] == tokenizer.eos_id
-    )
+    assert tokenizer.encode([Piece("a", True), Piece(text, False), Piece("</s>", True)])[-1] == tokenizer.eos_id
     assert tokenizer.eos_id not in tokenizer.encode([Piece("a", True), Piece(text, False), Piece("b", True)])
 
 

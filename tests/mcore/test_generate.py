@@ -86,11 +86,19 @@ def test_every_layout_draws_the_same_traces(checkpoint, layout):
     for got in run_ranks(world, generate, checkpoint, (7,), (0, 1, 2), layout):
         assert torch.equal(got.trace_ids, alone.trace_ids)
         assert torch.equal(got.finish, alone.finish)
-        for name in ("trace_log_probs", "trace_entropies", "marker_log_probs", "answer_log_probs", "baseline_log_probs"):
+        for name in (
+            "trace_log_probs",
+            "trace_entropies",
+            "marker_log_probs",
+            "answer_log_probs",
+            "baseline_log_probs",
+        ):
             torch.testing.assert_close(getattr(got, name), getattr(alone, name), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("options", [{"groups": (1,)}, {"groups": (2, 0)}, {"max_batch_size": 8}, {"max_tokens_per_forward": 7}])
+@pytest.mark.parametrize(
+    "options", [{"groups": (1,)}, {"groups": (2, 0)}, {"max_batch_size": 8}, {"max_tokens_per_forward": 7}]
+)
 def test_traces_do_not_depend_on_the_batch_they_are_drawn_in(checkpoint, options):
     (alone,) = run_ranks(1, generate, checkpoint)
     groups = options.get("groups", (0, 1, 2))

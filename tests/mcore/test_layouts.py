@@ -51,8 +51,12 @@ LAYOUTS = {
 def settings(mbs: int, layout: dict) -> Recipe:
     packing = SequencePacking(enabled=layout.pop("packing", False))
     recipe = tiny.recipe(mbs=mbs, **layout)
-    nrt = NRT(num_prompts_per_step=2, num_generations_per_prompt=4, max_num_steps=2, ratio_drop_max=1e9, ratio_drop_min=0.0)
-    return replace(recipe, nrt=nrt, policy=replace(recipe.policy, train_global_batch_size=SEQUENCES, sequence_packing=packing))
+    nrt = NRT(
+        num_prompts_per_step=2, num_generations_per_prompt=4, max_num_steps=2, ratio_drop_max=1e9, ratio_drop_min=0.0
+    )
+    return replace(
+        recipe, nrt=nrt, policy=replace(recipe.policy, train_global_batch_size=SEQUENCES, sequence_packing=packing)
+    )
 
 
 def local(grid: SequenceGrid, policy: MegatronPolicy) -> SequenceGrid:
@@ -123,13 +127,17 @@ def test_a_layout_trains_like_one_rank(alone, name):
     compare(alone, run_ranks(world, train, alone[0], 1, layout))
 
 
-@pytest.mark.parametrize("mbs,name", [(2, None), (4, None), (8, None), (2, "dp2"), (4, "tp2"), (2, "pp2"), (2, "tp2-sp-pp2")])
+@pytest.mark.parametrize(
+    "mbs,name", [(2, None), (4, None), (8, None), (2, "dp2"), (4, "tp2"), (2, "pp2"), (2, "tp2-sp-pp2")]
+)
 def test_the_micro_batch_size_changes_nothing(alone, mbs, name):
     world, layout = LAYOUTS[name] if name else (1, {})
     compare(alone, run_ranks(world, train, alone[0], mbs, layout))
 
 
-@pytest.mark.parametrize("mbs,name", [(4, None), (8, None), (4, "dp2"), (8, "tp2"), (4, "pp2"), (4, "tp2-sp"), (4, "pp2-vpp2")])
+@pytest.mark.parametrize(
+    "mbs,name", [(4, None), (8, None), (4, "dp2"), (8, "tp2"), (4, "pp2"), (4, "tp2-sp"), (4, "pp2-vpp2")]
+)
 def test_packing_the_traces_of_a_prompt_as_a_tree_changes_nothing(alone, mbs, name):
     world, layout = LAYOUTS[name] if name else (1, {})
     compare(alone, run_ranks(world, train, alone[0], mbs, {**layout, "packing": True}))

@@ -71,5 +71,7 @@ def test_sampled_tokens_are_scored_at_the_sampling_temperature(checkpoint):
 
 def test_every_token_of_a_trace_is_counted(alone):
     """Trace tokens, produced markers and end tokens carry the policy gradient; forced markers do not."""
-    assert 0 < alone["trace/marker_share"] + alone["trace/eos_share"] + alone["trace/truncated_share"] == pytest.approx(1)
+    assert (
+        0 < alone["trace/marker_share"] + alone["trace/eos_share"] + alone["trace/truncated_share"] == pytest.approx(1)
+    )
     assert alone["trace/eos_share"] > 0 and alone["trace/truncated_share"] > 0

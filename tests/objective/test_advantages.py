@@ -27,12 +27,8 @@ def test_values_by_hand_in_interleaved_groups_of_unequal_size(dtype):
     by_hand = {
         ("none", "none"): [1, 10, 2, 20, 6],
         ("mean", "none"): [-2, -5, -1, 5, 3],
-        ("none", "std"): [
-            x / d for x, d in zip([1, 10, 2, 20, 6], [7**0.5, 50**0.5, 7**0.5, 50**0.5, 7**0.5])
-        ],
-        ("mean", "std"): [
-            x / d for x, d in zip([-2, -5, -1, 5, 3], [7**0.5, 50**0.5, 7**0.5, 50**0.5, 7**0.5])
-        ],
+        ("none", "std"): [x / d for x, d in zip([1, 10, 2, 20, 6], [7**0.5, 50**0.5, 7**0.5, 50**0.5, 7**0.5])],
+        ("mean", "std"): [x / d for x, d in zip([-2, -5, -1, 5, 3], [7**0.5, 50**0.5, 7**0.5, 50**0.5, 7**0.5])],
     }
     for (center, scale), expected in by_hand.items():
         advantages, metrics = group_advantages(rewards, group, center, scale)
@@ -44,9 +40,7 @@ def test_values_by_hand_in_interleaved_groups_of_unequal_size(dtype):
 @pytest.mark.parametrize(("center", "scale"), CHOICES)
 def test_a_group_of_one_is_finite_and_counted(center, scale):
     advantages, metrics = group_advantages(torch.tensor([0.7]), torch.tensor([0]), center, scale)
-    assert advantages.tolist() == (
-        torch.tensor([0.7]).tolist() if (center, scale) == ("none", "none") else [0.0]
-    )
+    assert advantages.tolist() == (torch.tensor([0.7]).tolist() if (center, scale) == ("none", "none") else [0.0])
     assert share(metrics) == (1.0, 1.0)
 
 

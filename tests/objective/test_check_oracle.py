@@ -75,12 +75,8 @@ REWARD_CHANGES: dict[str, Callable[[dict], Any]] = {
     "raw trace reward": lambda d: nudge(scenario(d)["expected"][1]["raw_trace_reward"], 2),
     "raw token reward": lambda d: nudge(scenario(d)["expected"][3]["raw_token_reward"][1]),
     "trace reward": lambda d: nudge(scenario(d)["expected"][5]["normalised"][3]["trace_reward"]),
-    "token reward": lambda d: nudge(
-        scenario(d)["expected"][5]["normalised"][3]["token_reward_when_not_fixed"][0], 3
-    ),
-    "fixed token reward": lambda d: scenario(d)["expected"][0]["normalised"][1].update(
-        token_reward_when_fixed=0.5
-    ),
+    "token reward": lambda d: nudge(scenario(d)["expected"][5]["normalised"][3]["token_reward_when_not_fixed"][0], 3),
+    "fixed token reward": lambda d: scenario(d)["expected"][0]["normalised"][1].update(token_reward_when_fixed=0.5),
     "a log-prob": lambda d: nudge(scenario(d)["sequences"][0]["answer_log_probs"], 1),
     "a baseline": lambda d: nudge(scenario(d)["sequences"][0]["baseline_answer_log_probs"], 1, 1.001),
     "an answer cut short": lambda d: scenario(d)["sequences"][0]["answer_log_probs"].pop(),
@@ -90,9 +86,7 @@ REWARD_CHANGES: dict[str, Callable[[dict], Any]] = {
     "a scenario": lambda d: d["scenarios"].pop(),
     "a centre and scale choice": lambda d: scenario(d)["expected"][0].update(normalised=[]),
     "an unknown scheme": lambda d: scenario(d)["expected"][0].update(reward_agg_mode="harmonic_mean"),
-    "an unknown centre": lambda d: scenario(d)["expected"][0]["normalised"][1].update(
-        center_reward_by="median"
-    ),
+    "an unknown centre": lambda d: scenario(d)["expected"][0]["normalised"][1].update(center_reward_by="median"),
     "an unknown scale": lambda d: scenario(d)["expected"][0]["normalised"][1].update(scale_reward_by="range"),
     "a missing key": lambda d: scenario(d)["expected"][0].pop("raw_token_reward"),
     "a text for a number": lambda d: scenario(d)["sequences"][0]["answer_log_probs"].__setitem__(0, "x"),
@@ -116,17 +110,13 @@ LOSS_CHANGES: dict[str, Callable[[dict], Any]] = {
     "a coefficient": lambda d: d["cases"][1]["coefficients"].update(prefix=0.4),
     "a matched marker": lambda d: d["cases"][1]["sequences"][0].update(prefix_matched=True),
     "an old log-prob": lambda d: nudge(d["cases"][2]["sequences"][0]["trace_old_log_probs"], 1),
-    "an unknown reduction": lambda d: d["cases"][0]["expected"][0].update(
-        loss_agg_mode="seq-mean-token-mean"
-    ),
+    "an unknown reduction": lambda d: d["cases"][0]["expected"][0].update(loss_agg_mode="seq-mean-token-mean"),
     "an unknown setting": lambda d: d["cases"][0]["settings"].update(clip_ratio_c=3.0),
     "a missing setting": lambda d: d["cases"][0]["settings"].pop("clip_ratio"),
     "an unknown coefficient": lambda d: d["cases"][0]["coefficients"].update(entropy=0.1),
     "a missing block": lambda d: d["cases"][0].update(expected=[]),
     "a missing loss": lambda d: d["cases"][0]["expected"][0].pop("token_loss"),
-    "null that is defined here": lambda d: d["cases"][1]["expected"][0].update(
-        trace_loss=None, undefined=True
-    ),
+    "null that is defined here": lambda d: d["cases"][1]["expected"][0].update(trace_loss=None, undefined=True),
     "null in a defined block": lambda d: d["cases"][0]["expected"][0].update(response_prefix_loss=None),
     "a case": lambda d: d["cases"].pop(),
     "a sequence": lambda d: d["cases"][0]["sequences"].pop(),
@@ -194,9 +184,7 @@ def test_what_is_no_oracle_file_ends_with_one_line(tool, tmp_path, monkeypatch, 
     bad = tmp_path / "bad.json"
     if content is not None:
         bad.write_text(content)
-    monkeypatch.setattr(
-        sys, "argv", ["check_oracle", "--rewards", str(DATA / "rewards.json"), "--loss", str(bad)]
-    )
+    monkeypatch.setattr(sys, "argv", ["check_oracle", "--rewards", str(DATA / "rewards.json"), "--loss", str(bad)])
     assert tool.main() == 2
     out, errors = capsys.readouterr()
     assert out == "" and len(errors.splitlines()) == 1 and str(bad) in errors

@@ -16,9 +16,7 @@ def values(metrics) -> dict[str, float]:
 
 def test_trace_metrics():
     lengths = torch.tensor([0, 4, 8, 8])
-    metrics = trace_metrics(
-        lengths, torch.tensor([False, False, True, True]), torch.tensor([True, True, False, False])
-    )
+    metrics = trace_metrics(lengths, torch.tensor([False, False, True, True]), torch.tensor([True, True, False, False]))
     assert values(metrics) == {
         "trace/length_mean": 5.0,
         "trace/empty_share": 0.25,

@@ -78,8 +78,7 @@ def test_raw_token_signal_is_autograd_of_the_reward(scheme):
 def test_what_is_masked_out_reaches_neither_values_nor_gradients(scheme, junk):
     mask = torch.tensor([[True, True, False], [True, True, False]])
     padded_c, padded_b = (
-        torch.cat([logs(x), torch.full((2, 1), junk, dtype=torch.float64)], 1).requires_grad_()
-        for x in (C, B)
+        torch.cat([logs(x), torch.full((2, 1), junk, dtype=torch.float64)], 1).requires_grad_() for x in (C, B)
     )
     worth, plain = trace_rewards(scheme, padded_c, padded_b, mask, SETTINGS), run(scheme)
     assert torch.equal(worth.raw, plain.raw) and torch.equal(worth.baseline, plain.baseline)
@@ -107,9 +106,7 @@ def test_a_probability_of_zero_stays_finite(scheme):
     log_p = torch.tensor([[-math.inf, -1.0]])
     mask = torch.ones(1, 2, dtype=torch.bool)
     worth = trace_rewards(scheme, log_p, log_p, mask, replace(SETTINGS, max_inverse_prob_weight=math.inf))
-    assert (
-        worth.raw.isfinite().all() and worth.baseline.isfinite().all() and worth.token_signal.isfinite().all()
-    )
+    assert worth.raw.isfinite().all() and worth.baseline.isfinite().all() and worth.token_signal.isfinite().all()
     assert float(worth.metrics["reward/clamped_token_share"][0]) == 1.0
 
 
@@ -166,7 +163,5 @@ def test_multi_sample_bound_is_tighter_than_one_sample_and_does_not_underflow():
     log_c = torch.tensor([[-900.0, -0.1], [-901.0, -0.1], [-2000.0, math.nan]], dtype=torch.float64)
     mask = torch.tensor([[True, True], [True, True], [True, False]])
     bound = multi_sample_bound(log_c, mask, torch.zeros(3, dtype=torch.int64))
-    torch.testing.assert_close(
-        bound, torch.tensor([-900.1 + math.log1p(math.exp(-1)) - math.log(3)]).double()
-    )
+    torch.testing.assert_close(bound, torch.tensor([-900.1 + math.log1p(math.exp(-1)) - math.log(3)]).double())
     assert bound > torch.tensor([-900.1, -901.1, -2000.0]).mean()

@@ -39,9 +39,7 @@ class Run:
 def load() -> tuple[list[Run], list[Run], dict[str, dict[str, int]]]:
     """Runs that must be met within 15%, runs known to be outside, and the models' shapes."""
     table = yaml.safe_load(_FILE.read_text())
-    runs = [
-        Run(source, row, *values) for source, rows in table["runs"].items() for row, values in enumerate(rows)
-    ]
+    runs = [Run(source, row, *values) for source, rows in table["runs"].items() for row, values in enumerate(rows)]
     outside = {tuple(entry) for entry in table["outside"]}
     assert set(table["runs"]) == set(table["sources"])
     missed = [run for run in runs if (run.source, run.row) in outside]

@@ -61,9 +61,7 @@ def test_text_of_the_largest_recipe_within_ten_seconds_of_work():
 
 
 def test_overrides_and_hardware_reach_the_plan():
-    said = json.loads(
-        run(LARGE[-1], "--json", "--hardware", "b200", "nrt.max_num_steps=1", "--trace-tokens", "100")
-    )
+    said = json.loads(run(LARGE[-1], "--json", "--hardware", "b200", "nrt.max_num_steps=1", "--trace-tokens", "100"))
     assert said["hardware"].startswith("B200") and said["tokens_per_sequence"]["trace"] == 100
     assert said["run_gpu_hours"] == pytest.approx(said["step_seconds"] * 8 / 3600)
 

@@ -37,9 +37,7 @@ def costs(settings: Recipe) -> Costs:
 def test_what_stays_on_a_rank():
     """Parameters take 2 + 4 bytes each, and 12 shared by the ranks that hold the same ones."""
     plain = plan(recipe(), load_hardware("h100"), True, build=False).stages[1]
-    bytes_each = [
-        gib * GIB / plain.parameters for gib in (plain.weights_gib, plain.gradients_gib, plain.optimizer_gib)
-    ]
+    bytes_each = [gib * GIB / plain.parameters for gib in (plain.weights_gib, plain.gradients_gib, plain.optimizer_gib)]
     assert bytes_each == pytest.approx([2, 4, 12])
     shared = plan(recipe(use_distributed_optimizer=True), load_hardware("h100"), True, build=False).stages[1]
     assert shared.optimizer_gib == pytest.approx(plain.optimizer_gib / 4)
@@ -101,9 +99,7 @@ def test_recomputation_keeps_inputs_alone():
 def test_kv_cache_of_the_largest_batch():
     """One key-value head of 128 a rank, key and value in bf16, 20 layers: 10,240 bytes a row and column."""
     generation = Generation(max_new_tokens=2048, max_batch_size=70)
-    settings = recipe(
-        generation=generation, data=Data(train="unused", max_prompt_tokens=1000, max_answer_tokens=500)
-    )
+    settings = recipe(generation=generation, data=Data(train="unused", max_prompt_tokens=1000, max_answer_tokens=500))
     batch = RolloutBatch.of(settings, 64, Lengths.limits(settings))
     assert (batch.prompts, batch.rows, batch.columns) == (8, 64, 1000 + 2048 + 1 + 500 + 1)
     at = costs(settings)

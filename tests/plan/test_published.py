@@ -54,7 +54,5 @@ def test_tflops_follow_the_convention_of_the_tables(error, tmp_path):
     run = next(run for run in RUNS if run.tokens_per_second_per_gpu == 1621 and run.source == "bridge")
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(published.recipe(run, MODELS)))
-    update = plan(
-        load_recipe(path, [], ["data.train=unused"]), load_hardware("h100"), True, build=False
-    ).update
+    update = plan(load_recipe(path, [], ["data.train=unused"]), load_hardware("h100"), True, build=False).update
     assert update.tflops_per_gpu / update.tokens_per_second_per_gpu == pytest.approx(728 / 1621, rel=0.002)

@@ -27,9 +27,7 @@ def test_a_layer_by_hand():
     assert time.memory == pytest.approx(2 * accesses * 8192 / (3.35e12 * 0.85))
     assert time.host == 0
     back = at.layer(SEQUENCE, backward=True)
-    assert back.matmul == pytest.approx(2 * time.matmul) and back.attention == pytest.approx(
-        2.5 * time.attention
-    )
+    assert back.matmul == pytest.approx(2 * time.matmul) and back.attention == pytest.approx(2.5 * time.attention)
     fp8 = at.layer(SEQUENCE, fp8=True)
     assert fp8.matmul == pytest.approx(time.matmul / 2, rel=1e-3)
     casts = efficiency.FP8_CAST_BYTES * (3 * 8192 + 28672) / 8
@@ -75,9 +73,7 @@ def test_the_pipeline_waits_for_its_slowest_stage():
     assert many.work.total == pytest.approx(64 * one.work.total)
     assert many.bubble == pytest.approx(one.bubble)
     layers = 20 * (at.layer(SEQUENCE).total + at.layer(SEQUENCE, backward=True).total)
-    head = (
-        at.output_layer(8192, chunked=False).total + at.output_layer(8192, chunked=False, backward=True).total
-    )
+    head = at.output_layer(8192, chunked=False).total + at.output_layer(8192, chunked=False, backward=True).total
     assert one.work.total == pytest.approx(layers + head)
     transfer = 2 * 8192 * 8192 / 8 * 2 / (50e9 * 0.8)
     assert one.pipeline_exchange == pytest.approx(transfer)
@@ -190,9 +186,7 @@ def test_fine_tuning_has_no_rollout():
 
 def test_packed_prompts_are_trained_on_once():
     settings = recipe(use_distributed_optimizer=True)
-    policy = replace(
-        settings.policy, tokenizer=replace(settings.policy.tokenizer, path="t"), train_micro_batch_size=8
-    )
+    policy = replace(settings.policy, tokenizer=replace(settings.policy.tokenizer, path="t"), train_micro_batch_size=8)
     rows = plan(replace(settings, policy=policy), load_hardware("h200"), build=False)
     packing = replace(policy.sequence_packing, enabled=True)
     trees = plan(

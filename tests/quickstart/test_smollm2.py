@@ -169,9 +169,7 @@ def test_a_text_that_does_not_come_back_is_an_error():
 
 
 def test_rows_of_both_sources(tmp_path):
-    (tmp_path / "faq.json").write_text(
-        json.dumps({"questions": [{"q": " Why? ", "a": "So.", "category": "x"}]})
-    )
+    (tmp_path / "faq.json").write_text(json.dumps({"questions": [{"q": " Why? ", "a": "So.", "category": "x"}]}))
     trivia = "categories: [t]\nconversations:\n- - Which year?\n  - 1963\n- - Why?\n  - No.\n"
     (tmp_path / "trivia.yml").write_text(trivia)
     faq = smollm2.read_faq(tmp_path / "faq.json")

@@ -116,9 +116,7 @@ def test_this_projects_tokenizer_reads_it(made):
     assert not tokenizer.has_chat_template
     assert tokenizer.decode(tokenizer.encode_user("thus=2")) == "thus=2"
     with pytest.raises(ValueError, match="cannot be encoded"):
-        tokenizer.encode_user(
-            f"31{MARKER}"
-        )  # a marker in a question is no marker, and these letters are unknown
+        tokenizer.encode_user(f"31{MARKER}")  # a marker in a question is no marker, and these letters are unknown
 
 
 def test_labels_start_behind_the_prompt():
@@ -160,9 +158,7 @@ def test_the_second_call_does_nothing(made, capsys):
 
 
 def test_an_unknown_name_lists_the_known_ones(tmp_path):
-    with pytest.raises(
-        ConfigError, match=r"prepare = 'tiny_sums': unknown preparation; choose tiny_sum or null$"
-    ):
+    with pytest.raises(ConfigError, match=r"prepare = 'tiny_sums': unknown preparation; choose tiny_sum or null$"):
         prepare("tiny_sums", tmp_path)
     assert PREPARATIONS == ("tiny_sum",) and list(tmp_path.iterdir()) == []
 

@@ -35,9 +35,7 @@ def test_the_minimal_recipe_passes_and_its_sizes(load):
     check(recipe)
     assert (world_size(recipe), data_parallel_size(recipe)) == (4, 2)
     assert (num_sequences_per_step(recipe), num_updates_per_step(recipe)) == (32, 2)
-    gpus = load(
-        "cluster={num_nodes: 2, gpus_per_node: 8}", "policy.megatron_cfg.pipeline_model_parallel_size=2"
-    )
+    gpus = load("cluster={num_nodes: 2, gpus_per_node: 8}", "policy.megatron_cfg.pipeline_model_parallel_size=2")
     assert (world_size(gpus), data_parallel_size(gpus)) == (16, 4)
 
 
@@ -66,9 +64,7 @@ def test_no_number_may_be_negative_or_not_finite(load, key):
 @pytest.mark.parametrize("key", sorted(set(CHOICES) - {"nrt.preset"}))
 def test_an_unknown_choice_lists_the_known_ones(load, key):
     text = refusal(load(f"{key}=bogus"))
-    assert text.startswith(f"{key} = 'bogus': unknown value; choose ") and all(
-        c in text for c in CHOICES[key]
-    )
+    assert text.startswith(f"{key} = 'bogus': unknown value; choose ") and all(c in text for c in CHOICES[key])
 
 
 @pytest.mark.parametrize(
@@ -134,15 +130,11 @@ def test_questions_are_dealt_evenly(load):
     assert "set a multiple of 2: 6 or 8" in refusal(load("nrt.num_prompts_per_step=7"))
 
 
-@pytest.mark.parametrize(
-    ("batch", "suggested"), [(12, "8, 16 or 32"), (64, "8, 16 or 32"), (4, "8, 16 or 32")]
-)
+@pytest.mark.parametrize(("batch", "suggested"), [(12, "8, 16 or 32"), (64, "8, 16 or 32"), (4, "8, 16 or 32")])
 def test_updates_are_whole_groups_on_every_rank(load, batch, suggested):
     """8 prompts x K 4 on 2 replicas: an update takes 1, 2 or 4 prompts a replica, 8, 16 or 32 sequences."""
     text = refusal(load(f"policy.train_global_batch_size={batch}"))
-    assert text.startswith(f"policy.train_global_batch_size = {batch}: ") and text.endswith(
-        f"set {suggested}"
-    )
+    assert text.startswith(f"policy.train_global_batch_size = {batch}: ") and text.endswith(f"set {suggested}")
     for valid in (8, 16, 32):
         check(load(f"policy.train_global_batch_size={valid}"))
 
@@ -200,9 +192,7 @@ def place(load, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "train.jsonl").write_text("{}\n")
     (tmp_path / "model").mkdir()
-    (tmp_path / "model/config.json").write_text(
-        json.dumps({"num_attention_heads": 9, "num_key_value_heads": 3})
-    )
+    (tmp_path / "model/config.json").write_text(json.dumps({"num_attention_heads": 9, "num_key_value_heads": 3}))
     return load
 
 
@@ -257,4 +247,6 @@ def test_chunks_of_stages_take_micro_batches_in_groups_of_the_stages(load, batch
         check(recipe)
     else:
         text = refusal(recipe)
-        assert text.startswith(f"policy.train_micro_batch_size = {micro}: makes {batch // micro} micro-batches an update")
+        assert text.startswith(
+            f"policy.train_micro_batch_size = {micro}: makes {batch // micro} micro-batches an update"
+        )

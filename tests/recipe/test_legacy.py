@@ -22,10 +22,7 @@ def test_old_spellings_are_read_with_one_line_each(write):
     assert (recipe.policy.megatron_cfg.tensor_model_parallel_size, recipe.policy.optimizer.lr) == (8, 0.1)
     assert recipe.policy.megatron_cfg.bf16
     assert len(notices) == 6 and all(len(line.splitlines()) == 1 for line in notices)
-    assert (
-        "trainer.max_steps is the old spelling of nrt.max_num_steps, read as nrt.max_num_steps = 7"
-        in notices[2]
-    )
+    assert "trainer.max_steps is the old spelling of nrt.max_num_steps, read as nrt.max_num_steps = 7" in notices[2]
 
 
 def test_notice_on_stderr(write, capsys):
@@ -36,9 +33,7 @@ def test_notice_on_stderr(write, capsys):
 
 def test_contradiction_in_one_place_is_refused_and_agreement_is_not(write):
     both = ["trainer.max_steps=7", "nrt.max_num_steps=8"]
-    with pytest.raises(
-        ConfigError, match=r"trainer.max_steps = 7: contradicts nrt.max_num_steps = 8 .*keep nrt"
-    ):
+    with pytest.raises(ConfigError, match=r"trainer.max_steps = 7: contradicts nrt.max_num_steps = 8 .*keep nrt"):
         load_recipe(write(DATA), [], both)
     with pytest.raises(ConfigError, match="contradicts"):
         load_recipe(write(DATA + "trainer: {max_steps: 7}\nnrt: {max_num_steps: 8}"))

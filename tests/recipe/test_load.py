@@ -37,8 +37,7 @@ def test_precedence_from_schema_to_command_line(write):
     )
     write("nrt: {seed: 2, num_prompts_per_step: 2, num_generations_per_prompt: 2}", "base/b.yaml")
     recipe = write(
-        DATA
-        + "defaults: [base/a.yaml, base/b.yaml]\nnrt: {num_prompts_per_step: 3, num_generations_per_prompt: 3}"
+        DATA + "defaults: [base/a.yaml, base/b.yaml]\nnrt: {num_prompts_per_step: 3, num_generations_per_prompt: 3}"
     )
     first = write("nrt: {num_generations_per_prompt: 4, seed: 4}", "first.yaml")
     second = write("nrt: {seed: 5}", "second.yaml")
@@ -204,9 +203,7 @@ def test_interpolation_of_keys_and_environment(write, monkeypatch):
 
 
 def test_inline_model_config_keeps_any_key(load):
-    recipe = load(
-        "policy.model={path: null, config: {model_type: llama, rope_scaling: {factor: 8.0}, eos: [1, 2]}}"
-    )
+    recipe = load("policy.model={path: null, config: {model_type: llama, rope_scaling: {factor: 8.0}, eos: [1, 2]}}")
     assert recipe.policy.model.config == {
         "model_type": "llama",
         "rope_scaling": {"factor": 8.0},

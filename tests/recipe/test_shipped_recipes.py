@@ -32,9 +32,7 @@ def test_every_parent_is_inherited(path):
 def test_the_sft_peer_trains_as_often_on_as_many_sequences_of_the_same_data():
     nrt, sft = (load_recipe(RECIPES / f"{method}-tiny-1n0g-cpu.yaml") for method in ("nrt", "sft"))
     assert (
-        nrt.data == sft.data
-        and nrt.policy.model == sft.policy.model
-        and nrt.policy.optimizer == sft.policy.optimizer
+        nrt.data == sft.data and nrt.policy.model == sft.policy.model and nrt.policy.optimizer == sft.policy.optimizer
     )
     assert nrt.policy.train_global_batch_size == sft.policy.train_global_batch_size
     updates = [recipe.nrt.max_num_steps * num_updates_per_step(recipe) for recipe in (nrt, sft)]

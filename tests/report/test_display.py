@@ -93,9 +93,7 @@ def cells(text):
 
 
 def test_summary_compares_first_and_last():
-    text = printed(
-        lambda console: print_summary(rows(), Path("runs/x"), Path("runs/x/checkpoints/step_2"), console)
-    )
+    text = printed(lambda console: print_summary(rows(), Path("runs/x"), Path("runs/x/checkpoints/step_2"), console))
     table = cells(text)
     assert table["held out"] == ["step 0", "step 2"]
     assert table["accuracy, sampled trace"] == ["0.210", "0.930"]

@@ -25,9 +25,7 @@ def write(run_dir, steps, resume_step=None, tensorboard=False, **values):
 
 
 def test_a_row_has_step_first_then_sorted_plain_values():
-    row = clean_row(
-        {"loss": torch.tensor(0.5), "a": np.float32(0.25), "step": torch.tensor(3), "n": 7, "flag": True}
-    )
+    row = clean_row({"loss": torch.tensor(0.5), "a": np.float32(0.25), "step": torch.tensor(3), "n": 7, "flag": True})
     assert list(row) == ["step", "a", "flag", "loss", "n"]
     assert row == {"step": 3, "a": 0.25, "flag": True, "loss": 0.5, "n": 7}
     assert [type(value) for value in row.values()] == [int, float, bool, float, int]
@@ -38,9 +36,7 @@ def test_nonfinite_values_are_null_and_counted(tmp_path):
     written = writer.write({"step": 1, "a": math.nan, "b": torch.tensor(-math.inf), "c": 1.0})
     writer.close()
     assert written == {"step": 1, "a": None, "b": None, "c": 1.0, "nonfinite": 2}
-    assert (
-        tmp_path / "metrics.jsonl"
-    ).read_text() == '{"step": 1, "a": null, "b": null, "c": 1.0, "nonfinite": 2}\n'
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "a": null, "b": null, "c": 1.0, "nonfinite": 2}\n'
 
 
 def test_rows_are_on_disk_before_the_writer_is_closed(tmp_path):

@@ -126,7 +126,8 @@ def test_training_goes_on_at_another_layout(fp32, name, tmp_path):
     shutil.copytree(fp32.saved[other], tmp_path / "run/checkpoints/step_00000003")
     tiny.train_ranks(settings, ranks)
     expected, found = (
-        {row["step"]: row for row in tiny.rows(directory) if row["step"] > 3} for directory in (fp32.run, tmp_path / "run")
+        {row["step"]: row for row in tiny.rows(directory) if row["step"] > 3}
+        for directory in (fp32.run, tmp_path / "run")
     )
     assert found.keys() == expected.keys() == {4, 5, 6}
     for step, row in found.items():

@@ -158,9 +158,14 @@ def test_a_damaged_checkpoint_is_passed_over(whole, finished, inputs, name, rank
     file, harm, said = DAMAGES[name]
     harm(finished / "checkpoints/step_00000006" / file)
     megatron = {TP: ranks} if ranks > 1 else {}
-    assert tiny.train_ranks(tiny.recipe(inputs, *OPTIONS, ranks=ranks, **megatron), ranks, say_on_file(finished)) == [True] * ranks
+    assert (
+        tiny.train_ranks(tiny.recipe(inputs, *OPTIONS, ranks=ranks, **megatron), ranks, say_on_file(finished))
+        == [True] * ranks
+    )
     (line,) = (finished / "said").read_text().splitlines()
-    assert re.fullmatch(rf"{finished}/checkpoints/step_00000006 is damaged \({said}\); looking for an earlier one", line)
+    assert re.fullmatch(
+        rf"{finished}/checkpoints/step_00000006 is damaged \({said}\); looking for an earlier one", line
+    )
     if ranks == 1:
         (finished / "said").unlink()
         assert_equal_runs(finished, whole)
@@ -187,7 +192,9 @@ def test_without_a_whole_checkpoint_nothing_is_begun_anew(finished, inputs):
     for path in newest_first(finished / "checkpoints"):
         flip_a_bit(path / "dist/common.pt")
     codes, said = tiny.work_ranks(tiny.recipe(inputs, *OPTIONS), 1)
-    assert codes == [2] and re.search("no checkpoint in .* is whole .of the newest, dist/common.pt does not match", said)
+    assert codes == [2] and re.search(
+        "no checkpoint in .* is whole .of the newest, dist/common.pt does not match", said
+    )
     assert len(tiny.rows(finished)) == 7
 
 
@@ -203,7 +210,9 @@ def small_disk() -> Iterator[Callable[[Path, int], None]]:
         mounted.add(place)
         place.mkdir(parents=True, exist_ok=True)
         options = f"{'remount,' if os.path.ismount(place) else ''}size={kib}k"
-        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)], capture_output=True, text=True)
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)], capture_output=True, text=True
+        )
         if done.returncode:
             pytest.skip(f"no small disk could be mounted: {done.stderr.strip()}")
 
@@ -280,7 +289,13 @@ def fake(directory: Path, *steps: int) -> None:
 
 @pytest.mark.parametrize(
     ("keep_last", "keep_every", "left"),
-    [(1, 0, [50]), (2, 0, [40, 50]), (9, 0, [10, 20, 30, 40, 50]), (1, 20, [20, 40, 50]), (2, 10, [10, 20, 30, 40, 50])],
+    [
+        (1, 0, [50]),
+        (2, 0, [40, 50]),
+        (9, 0, [10, 20, 30, 40, 50]),
+        (1, 20, [20, 40, 50]),
+        (2, 10, [10, 20, 30, 40, 50]),
+    ],
 )
 def test_keep_last_and_keep_every(tmp_path, keep_last, keep_every, left):
     fake(tmp_path, 10, 20, 30, 40, 50)

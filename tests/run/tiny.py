@@ -48,7 +48,10 @@ def write_inputs(directory: Path) -> dict[str, Any]:
     """Tokenizer and data files in `directory`, and the recipe, as a mapping, of a run on them in `directory/run`."""
     words = [f"w{i}" for i in range(24)]
     write_fast(directory / "tokenizer", word_level(["<unk>", "think", *words]), {"eos_token": "</s>"})
-    rows = [{"question": f"w{i % 24} w{i * 7 % 24} w{i * 5 % 24}", "answer": f"w{i * 3 % 24} w{i * 11 % 24}"} for i in range(40)]
+    rows = [
+        {"question": f"w{i % 24} w{i * 7 % 24} w{i * 5 % 24}", "answer": f"w{i * 3 % 24} w{i * 11 % 24}"}
+        for i in range(40)
+    ]
     write_jsonl(directory / "train.jsonl", rows[:32])
     write_jsonl(directory / "validation.jsonl", rows[32:])
     return {

@@ -86,9 +86,7 @@ def test_a_cancelled_job_checkpoints_and_stays_cancelled(slurm: PrivateSlurm, st
 def test_an_allocation_of_another_size_ends_before_ranks(
     slurm: PrivateSlurm, standin: Path, nodes: int, override: str, message: str
 ):
-    job = slurm.wait(
-        slurm.submit(f"--nodes={nodes}", "slurm/nrt_70b.sh", "recipe.yaml", override, cwd=standin)
-    )
+    job = slurm.wait(slurm.submit(f"--nodes={nodes}", "slurm/nrt_70b.sh", "recipe.yaml", override, cwd=standin))
     assert (job.state, job.exit_code) == ("FAILED", "2:0"), job.log()
     assert job.log() == f"nrt: {message}\n"
     assert not (standin / "runs").exists()
@@ -105,6 +103,4 @@ def test_release_chains_convert_train_export(slurm: PrivateSlurm, standin: Path)
         assert (name, job.state) == (name, "COMPLETED"), job.log()
     assert (standin / "work/base/meta.json").read_text() == str(standin / "hf")
     assert steps(standin, "work/run", 0) == [1, 2, 3, 4]
-    assert (standin / "work/release/meta.json").read_text() == str(
-        standin / "work/run/checkpoints/step_00000004"
-    )
+    assert (standin / "work/release/meta.json").read_text() == str(standin / "work/run/checkpoints/step_00000004")

@@ -68,9 +68,7 @@ class Allocation:
     def run(self, *args: str, script: str = "nrt_70b.sh") -> subprocess.CompletedProcess[str]:
         """`sbatch SCRIPT ARGS`, as the batch script runs."""
         command = ["bash", f"slurm/{script}", *args]
-        return subprocess.run(
-            command, cwd=self.root, env=self.env, capture_output=True, text=True, timeout=30
-        )
+        return subprocess.run(command, cwd=self.root, env=self.env, capture_output=True, text=True, timeout=30)
 
     def called(self, start: str) -> list[str]:
         """The calls that begin with `start`."""
@@ -116,9 +114,7 @@ def test_header_asks_for_what_the_default_recipe_needs(script: str):
         ),
     ],
 )
-def test_everything_after_the_scripts_name_reaches_the_recipe(
-    job: Allocation, args: tuple[str, ...], passed: str
-):
+def test_everything_after_the_scripts_name_reaches_the_recipe(job: Allocation, args: tuple[str, ...], passed: str):
     assert job.run(*args).returncode == 0
     assert job.called("python -m nrt_megatron train") == [f"python -m nrt_megatron train {passed} --dry-run"]
 
@@ -136,9 +132,7 @@ def test_prints_recipe_and_plan_and_keeps_them_with_the_environment(job: Allocat
 
 
 def test_a_plan_that_fails_is_one_line_and_no_obstacle(job: Allocation):
-    job.stub(
-        "venv/bin/python", f'case "$*" in *--dry-run*) cat {job.root}/resolved.yaml;; *plan*) exit 1;; esac'
-    )
+    job.stub("venv/bin/python", f'case "$*" in *--dry-run*) cat {job.root}/resolved.yaml;; *plan*) exit 1;; esac')
     done = job.run()
     assert done.returncode == 0 and "nrt: nrt plan failed; going on\n" in done.stdout
     assert job.called("srun")
@@ -181,9 +175,7 @@ def test_container_for_every_process(job: Allocation):
         ),
     ],
 )
-def test_mismatch_is_one_line_before_anything_is_written(
-    job: Allocation, cluster: dict[str, int], message: str
-):
+def test_mismatch_is_one_line_before_anything_is_written(job: Allocation, cluster: dict[str, int], message: str):
     job.recipe({**RESOLVED, "cluster": {**RESOLVED["cluster"], **cluster}})
     done = job.run()
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"nrt: {message}\n")
@@ -250,9 +242,7 @@ def test_only_an_unfinished_run_is_requeued(
         ("RUNNING", "exit 1", "submit the same command again"),
     ],
 )
-def test_no_requeue_of_a_cancelled_job_or_where_it_is_refused(
-    job: Allocation, squeue: str, scontrol: str, says: str
-):
+def test_no_requeue_of_a_cancelled_job_or_where_it_is_refused(job: Allocation, squeue: str, scontrol: str, says: str):
     job.stub("bin/squeue", f"echo {squeue}")
     job.stub("bin/scontrol", f"echo n1; [[ $1 != requeue ]] || {scontrol or 'true'}")
     job.stub("bin/srun", 'echo 75 n1 > "${@: -1}"/rank-0000.exit')
@@ -279,9 +269,7 @@ def test_a_rank_that_missed_one_that_left_does_not_prevent_the_requeue(job: Allo
 
 def test_a_signal_before_the_ranks_start_requeues_without_starting_them(job: Allocation):
     to_the_script = "kill -USR1 $(ps -o ppid= $PPID)"  # above the $(...) that catches the output
-    job.stub(
-        "venv/bin/python", f'case "$*" in *--dry-run*) cat {job.root}/resolved.yaml; {to_the_script};; esac'
-    )
+    job.stub("venv/bin/python", f'case "$*" in *--dry-run*) cat {job.root}/resolved.yaml; {to_the_script};; esac')
     done = job.run()
     assert done.returncode == 75 and job.called("scontrol requeue 42") and not job.called("srun")
 
@@ -290,6 +278,4 @@ def test_export_takes_the_latest_checkpoint_of_a_run(job: Allocation):
     (job.root / "run/checkpoints").mkdir(parents=True)
     (job.root / "run/checkpoints/latest").write_text("step_00000060\n")
     assert job.run("run", "out", "--verify", script="export.sh").returncode == 0
-    assert job.called("python") == [
-        "python -m nrt_megatron export run/checkpoints/step_00000060 out --verify"
-    ]
+    assert job.called("python") == ["python -m nrt_megatron export run/checkpoints/step_00000060 out --verify"]

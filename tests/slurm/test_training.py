@@ -50,15 +50,11 @@ def rows(run_dir: Path) -> list[dict[str, Any]]:
 
 def learned(run_dir: Path) -> list[dict[str, Any]]:
     """The rows without what depends on the machine's load."""
-    return [
-        {key: value for key, value in row.items() if not key.startswith(MEASURED)} for row in rows(run_dir)
-    ]
+    return [{key: value for key, value in row.items() if not key.startswith(MEASURED)} for row in rows(run_dir)]
 
 
 @pytest.fixture(scope="module")
-def undisturbed(
-    slurm: PrivateSlurm, inputs: list[str], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Job, Path]:
+def undisturbed(slurm: PrivateSlurm, inputs: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, Path]:
     """A run from the first step to the last."""
     run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
     return slurm.wait(submit(slurm, run_dir, *inputs)), run_dir
@@ -82,9 +78,7 @@ def test_stopped_and_requeued_in_the_middle_it_ends_the_same(
     job_id = submit(slurm, run_dir, *inputs)
     slurm.wait_until(job_id, lambda job: len(rows(run_dir)) >= 4)
     slurm.run("scancel", "--batch", "--signal=USR1", job_id)  # what --signal sends before the time limit
-    slurm.wait_until(
-        job_id, lambda job: job.restarts == 1 and job.state == "RUNNING" and len(rows(run_dir)) >= 10
-    )
+    slurm.wait_until(job_id, lambda job: job.restarts == 1 and job.state == "RUNNING" and len(rows(run_dir)) >= 10)
     slurm.run("scontrol", "requeue", job_id)
     job = slurm.wait(job_id)
     assert (job.state, job.exit_code, job.restarts) == ("COMPLETED", "0:0", 2), job.log()

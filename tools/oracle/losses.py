@@ -74,9 +74,7 @@ class Batch:
                 signal = s["token_reward"] if segment == "answer" else [math.nan] * len(new)
                 if not len(new) == len(old) == len(signal):
                     raise NotComparable(f"sequence {i}: {segment} lists differ in length")
-                rows += [
-                    (*x, kind, i, segment) for x in zip(new, old, [s["trace_reward"]] * len(new), signal)
-                ]
+                rows += [(*x, kind, i, segment) for x in zip(new, old, [s["trace_reward"]] * len(new), signal)]
             if len(rows) - start > case["padded_width"]:
                 raise NotComparable(f"sequence {i}: longer than padded_width")
             missing = case["padded_width"] - (len(rows) - start)
@@ -124,9 +122,7 @@ def _check_block(findings: Findings, where: str, case: dict, block: dict) -> Non
     findings.blocks += 1
 
 
-def _compare_gradients(
-    findings: Findings, where: str, case: dict, block: dict, batch: Batch, combined: Tensor
-) -> None:
+def _compare_gradients(findings: Findings, where: str, case: dict, block: dict, batch: Batch, combined: Tensor) -> None:
     """Every recorded gradient, relative to the largest of the block; the padding's has to be exactly 0."""
     (gradient,) = torch.autograd.grad(combined, batch.tokens.log_probs)
     padding = gradient[torch.tensor([s == "padding" for s in batch.segment], dtype=torch.bool)]
@@ -138,9 +134,7 @@ def _compare_gradients(
         if [len(row) for row in block[key]] != lengths:
             raise NotComparable(f"{key}: lengths differ from the sequences'")
         ours = gradient[torch.tensor([s == segment for s in batch.segment], dtype=torch.bool)]
-        compare(
-            findings, where, GRADIENTS[key], ours, block[key], size=gradient.abs().max().expand(len(ours))
-        )
+        compare(findings, where, GRADIENTS[key], ours, block[key], size=gradient.abs().max().expand(len(ours)))
 
 
 def _check_case(findings: Findings, case: dict) -> None:

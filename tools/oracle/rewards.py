@@ -41,9 +41,7 @@ class Answers:
                 raise NotComparable(f"sequence {i}: answer and baseline differ in length")
         width = max(len(s["answer_log_probs"]) for s in sequences) + 1
         log_c, log_b = (
-            torch.tensor(
-                [s[key] + [math.nan] * (width - len(s[key])) for s in sequences], dtype=torch.float64
-            )
+            torch.tensor([s[key] + [math.nan] * (width - len(s[key])) for s in sequences], dtype=torch.float64)
             for key in ("answer_log_probs", "baseline_answer_log_probs")
         )
         mask = torch.arange(width) < torch.tensor([[len(s["answer_log_probs"])] for s in sequences])
@@ -81,9 +79,7 @@ def _choice(block: dict, key: str, known: Sequence[str]) -> str:
 
 
 def _center_and_scale(block: dict) -> tuple[str, str]:
-    return _choice(block, "center_reward_by", ("mean", "none")), _choice(
-        block, "scale_reward_by", ("std", "none")
-    )
+    return _choice(block, "center_reward_by", ("mean", "none")), _choice(block, "scale_reward_by", ("std", "none"))
 
 
 def _check_block(findings: Findings, where: str, answers: Answers, expected: dict, block: dict) -> None:
@@ -98,9 +94,7 @@ def _check_block(findings: Findings, where: str, answers: Answers, expected: dic
     fixed = answers.final(worth, "fixed", center, scale)[1]
     want_fixed = [block["token_reward_when_fixed"]] * len(fixed)
     compare(findings, where, scheme, traces, want, answers.group, worth.raw)
-    compare(
-        findings, where, scheme, signal, want_tokens, answers.token_group, worth.token_signal[answers.mask]
-    )
+    compare(findings, where, scheme, signal, want_tokens, answers.token_group, worth.token_signal[answers.mask])
     compare(findings, where, scheme, fixed, want_fixed, answers.token_group)
     findings.blocks += 1
 
@@ -179,7 +173,5 @@ def check(findings: Findings, data: dict) -> list[dict]:
 def tokens_above_default_cap(data: dict) -> int:
     """Answer tokens of the scenarios whose 1/b the default recipe would cap."""
     lowest = -math.log(NRT().max_inverse_prob_weight)
-    log_bs = (
-        b for case in data["scenarios"] for s in case["sequences"] for b in s["baseline_answer_log_probs"]
-    )
+    log_bs = (b for case in data["scenarios"] for s in case["sequences"] for b in s["baseline_answer_log_probs"])
     return sum(b < lowest for b in log_bs)
