@@ -15,6 +15,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 NRT = [sys.executable, "-m", "nrt_megatron"]
 MARKER = "<|response_start|>"
+DRY_MAKE = ["make", "-n", "--no-print-directory"]
+"""What make would run, told alike when a make has started these tests."""
 
 
 def commands() -> list[str]:
@@ -68,7 +70,7 @@ def home(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def quickstart(home) -> tuple[str, list[dict]]:
     """What `make train` runs once the environment is there."""
-    shown = sh(["make", "-n", "train"], ROOT).splitlines()[-1]
+    shown = sh([*DRY_MAKE, "train"], ROOT).splitlines()[-1]
     assert shown.strip() == ".venv/bin/nrt train recipes/nrt-tiny-1n0g-cpu.yaml"
     printed = sh([*NRT, *shlex.split(shown)[1:]], home)
     return printed, rows(home, "nrt-tiny-1n0g-cpu")
@@ -148,7 +150,7 @@ def test_a_real_model_on_real_text(home):
     """What `make smollm2` runs once the environment is there, with one step instead of ten."""
     pytest.importorskip("gguf", reason="the `smollm2` extra is not installed")
     short = "ARGS=nrt.max_num_steps=1 evaluation.num_questions=2"
-    lines = sh(["make", "-n", "smollm2", short], ROOT).splitlines()
+    lines = sh([*DRY_MAKE, "smollm2", short], ROOT).splitlines()
     lines = lines[next(i for i, line in enumerate(lines) if "fetch_smollm2" in line) :]
     assert len(lines) == 6
     for line in lines:

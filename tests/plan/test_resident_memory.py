@@ -82,7 +82,7 @@ def measure(layout: dict) -> tuple[int, int, int]:
     index = torch.arange(2).chunk(place.dp_size)[place.dp_rank]
     policy.update(micro_batches(grid, index, 1, temperature=1.0), partial(nrt_loss, settings=recipe.nrt))
     trained = resident() - before
-    cache = KVCache(policy.chunks, ROWS, COLUMNS)
+    cache = KVCache(policy.chunks, ROWS, COLUMNS, max_tokens_per_forward=ROWS * COLUMNS)
     with inference_mode(policy.chunks):
         tokens = torch.zeros(ROWS, 1, dtype=torch.int64)
         cache.forward(tokens, tokens, None)
