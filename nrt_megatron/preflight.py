@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
 
-from nrt_megatron.checkpoints import CheckpointMeta, is_checkpoint, newest_whole
+from nrt_megatron.checkpoints import MANIFEST, CheckpointMeta, damage, is_checkpoint, newest_whole
 from nrt_megatron.convert.config import ModelShape
 from nrt_megatron.data import Limits, PromptSampler, QADataset, Tokenizer, load_tokenizer
 from nrt_megatron.recipe import ConfigError, Recipe
@@ -70,26 +71,45 @@ def preflight(recipe: Recipe) -> None:
     inputs.train.check()
     if inputs.validation is not None:
         inputs.validation.check()
-    _check_run(recipe, inputs)
+    if not _continues(recipe, inputs):
+        _check_weights(recipe, inputs)
 
 
-def _check_run(recipe: Recipe, inputs: Inputs) -> None:
-    """What lies in the run directory can be continued with this recipe."""
+def _continues(recipe: Recipe, inputs: Inputs) -> bool:
+    """Whether the run directory holds a run to continue. Raises ConfigError when this recipe cannot continue it."""
     directory = Path(recipe.run_dir)
     for name in (METRICS_FILE, SAMPLES_FILE):
         for _ in read_rows(directory / name):
             pass
     checkpoint = newest_whole(directory / "checkpoints")
     if checkpoint is None:
-        return
+        return False
     check_same_model(checkpoint, inputs.shape)
     meta = CheckpointMeta.read(checkpoint)
     if meta.step > recipe.nrt.max_num_steps:
         problem = f"the run in {recipe.run_dir} has done {meta.step} steps"
         remedy = f"set at least {meta.step}, or another run_dir"
         raise ConfigError.at("nrt.max_num_steps", recipe.nrt.max_num_steps, problem, remedy)
+    bf16, started = recipe.policy.megatron_cfg.bf16, meta.progress["bf16"]
+    if bf16 != started:
+        problem = f"the run was started with {str(started).lower()}, and its weights and optimizer are stored so"
+        raise ConfigError.at("policy.megatron_cfg.bf16", bf16, problem, "set that, or start a new run_dir")
     sampler = PromptSampler(inputs.train, recipe.nrt.seed, recipe.data.shuffle)
     sampler.load_state_dict(meta.progress["sampler"])
+    return True
+
+
+def _check_weights(recipe: Recipe, inputs: Inputs) -> None:
+    """The weights of `policy.model.path` are there and of the model's shapes; headers are read, and no tensor."""
+    if recipe.policy.model.path is None:
+        return
+    path = Path(recipe.policy.model.path)
+    if not is_checkpoint(path):
+        from nrt_megatron.convert.safetensors_io import HFWeights  # loads torch
+
+        _named(f"policy.model.path = {str(path)!r}: ", lambda: HFWeights(path).check(inputs.stored_shape))
+    elif (path / MANIFEST).exists() and (found := damage(path)):
+        raise ConfigError.at("policy.model.path", str(path), f"the checkpoint is damaged ({found})", "give another one")
 
 
 def check_same_model(checkpoint: Path, shape: ModelShape) -> None:
@@ -108,9 +128,19 @@ def stored_shape(recipe: Recipe) -> ModelShape:
     """The model's shape from `policy.model`: a Hugging Face directory, a converted checkpoint, or inline."""
     model = recipe.policy.model
     if model.config is not None:
-        return ModelShape.from_hf(model.config)
+        return _named("policy.model.config.", lambda: ModelShape.from_hf(model.config))
     path = Path(model.path)
-    return ModelShape.from_hf(_config(path)) if is_checkpoint(path) else ModelShape.from_dir(path)
+    if is_checkpoint(path):
+        return ModelShape.from_hf(_config(path))
+    return _named(f"policy.model.path = {model.path!r}: ", lambda: ModelShape.from_dir(path))
+
+
+def _named(key: str, read: Callable[[], Any]) -> Any:
+    """What `read` returns; its errors, which are about a file, say where the recipe names it."""
+    try:
+        return read()
+    except ConfigError as error:
+        raise ConfigError(f"{key}{error}") from None
 
 
 def _config(checkpoint: Path) -> dict[str, Any]:

@@ -241,7 +241,11 @@ class Run:
             )
 
     def _meta(self, kind: str) -> CheckpointMeta:
-        progress = {"sampler": self.sampler.state_dict(), "skipped_in_a_row": self.policy.skipped_in_a_row}
+        progress = {
+            "sampler": self.sampler.state_dict(),
+            "skipped_in_a_row": self.policy.skipped_in_a_row,
+            "bf16": self.recipe.policy.megatron_cfg.bf16,
+        }
         return CheckpointMeta(self.step, self.runtime.world_size, self.inputs.shape.to_hf(), kind, progress)
 
     def _documents(self) -> Callable[[Path], None]:

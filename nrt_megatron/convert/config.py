@@ -175,7 +175,7 @@ def _integer(config: Mapping[str, Any], key: str, default: Optional[int] = None)
     value = config.get(key)
     value = default if value is None else value
     if value is None:
-        raise ConfigError(f"{key}: missing in config.json")
+        raise ConfigError(f"{key}: missing in the model's config; add it")
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ConfigError(f"{key}: {value!r} must be a positive integer")
     return value

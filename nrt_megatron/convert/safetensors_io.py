@@ -88,7 +88,8 @@ class HFWeights:
             if info is None:
                 raise ConfigError(f"{self.directory}: tensor {name} is missing; the checkpoint is incomplete")
             if info.shape != size:
-                raise ConfigError(f"{info.file}: {name} has shape {list(info.shape)}, config.json says {list(size)}")
+                problem = f"{name} has shape {list(info.shape)}, config.json says {list(size)}"
+                raise ConfigError(f"{info.file}: {problem}; put the config.json of these weights beside them")
             if info.dtype not in _DTYPES.values():
                 raise ConfigError(
                     f"{info.file}: {name} is {info.dtype}; save the model in float32, bfloat16 or float16"
@@ -131,4 +132,4 @@ def _no_weights(directory: Path) -> str:
             f"{directory}: pickle weights (.bin) are refused because loading them can run code;\n"
             "load the model with transformers where you trust it and save_pretrained(..., safe_serialization=True)"
         )
-    return f"{directory}: holds neither {SINGLE} nor {INDEX}"
+    return f"{directory}: holds neither {SINGLE} nor {INDEX}; give a directory with the model's weights"

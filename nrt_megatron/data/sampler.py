@@ -12,6 +12,7 @@ import numpy as np
 from nrt_megatron.data.dataset import QADataset
 from nrt_megatron.data.example import REASONS, BadRow, Example
 from nrt_megatron.recipe import ConfigError
+from nrt_megatron.recipe.errors import show
 
 
 @lru_cache(maxsize=1)
@@ -112,7 +113,7 @@ class PromptSampler:
         ):
             if own != started:
                 remedy = "set that, or start a new run_dir"
-                raise ConfigError.at(key, own, f"the run was started with {started}", remedy)
+                raise ConfigError.at(key, own, f"the run was started with {show(started)}", remedy)
         self.epoch, self._position, self._kept = state["epoch"], state["position"], state["kept"]
         self._dropped = Counter({reason: state["dropped"].get(reason, 0) for reason in REASONS})
 

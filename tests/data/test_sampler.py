@@ -129,5 +129,5 @@ def test_states_of_another_run_are_refused(tmp_path: Path) -> None:
             sampler("two.jsonl", other).load_state_dict(state)
     with pytest.raises(ConfigError, match=r"nrt\.seed = 2: the run was started with 1"):
         sampler("one.jsonl", rows, seed=2).load_state_dict(state)
-    with pytest.raises(ConfigError, match=r"data\.shuffle = false: the run was started with True"):
+    with pytest.raises(ConfigError, match=r"data\.shuffle = false: the run was started with true"):
         sampler("one.jsonl", rows, shuffle=False).load_state_dict(state)
