@@ -300,5 +300,8 @@ def new_tokens(recipe: Recipe, inputs: Inputs) -> NewTokens | None:
     if not tokenizer.added_tokens:
         return None
     ids = tuple(range(tokenizer.vocab_size - len(tokenizer.added_tokens), tokenizer.vocab_size))
-    like = {"mean": None, "eos": (tokenizer.eos_id,)}.get(init, tuple(tokenizer.encode_user(init)))
+    if init == "mean":
+        like = None
+    else:
+        like = (tokenizer.eos_id,) if init == "eos" else tuple(tokenizer.encode_user(init))
     return NewTokens(ids=ids, base_size=ids[0], like=like)
