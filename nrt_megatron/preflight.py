@@ -14,6 +14,7 @@ from nrt_megatron.recipe import ConfigError, Recipe
 from nrt_megatron.report.jsonl import read_rows
 from nrt_megatron.report.metrics import METRICS_FILE
 from nrt_megatron.report.samples import SAMPLES_FILE
+from nrt_megatron.runlock import check_free
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ def preflight(recipe: Recipe) -> None:
 
     Raises ConfigError. Writes nothing; to be called once, before any rank starts.
     """
+    check_free(Path(recipe.run_dir))
     inputs = load_inputs(recipe)
     inputs.train.check()
     if inputs.validation is not None:

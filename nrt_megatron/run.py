@@ -12,7 +12,7 @@ from typing import Optional
 import torch
 
 from nrt_megatron import stopping
-from nrt_megatron.checkpoints import CheckpointMeta, is_checkpoint, step_of
+from nrt_megatron.checkpoints import CheckpointMeta, clean, is_checkpoint, step_of
 from nrt_megatron.convert.seeded import SeededWeights
 from nrt_megatron.convert.vocabulary import NewTokens
 from nrt_megatron.data import PromptSampler
@@ -25,6 +25,7 @@ from nrt_megatron.preflight import Inputs, load_inputs
 from nrt_megatron.recipe import ConfigError, Recipe, num_updates_per_step, print_notice, to_yaml
 from nrt_megatron.replay import NotFiniteError, replay_dir, write_batches
 from nrt_megatron.report import MetricsWriter, Progress, SamplesWriter, print_summary, read_metrics, samples_of
+from nrt_megatron.runlock import hold
 from nrt_megatron.scoring import Scored
 
 
@@ -92,12 +93,17 @@ class Run:
         with self._writing() as writes:
             if writes:
                 self._open_files()
-        self._agree()
+        try:
+            self._agree()
+        except ConfigError:
+            self._open.close()
+            raise
         return self
 
     def _open_files(self) -> None:
         resumed = self.step or None
-        self.directory.mkdir(parents=True, exist_ok=True)
+        self._open.enter_context(hold(self.directory))  # before anything is changed in it
+        clean(self.directory / "checkpoints")
         (self.directory / "recipe.yaml").write_text(to_yaml(self.recipe))
         self._metrics = MetricsWriter(self.directory, resumed, self.recipe.logger.tensorboard)
         self._open.callback(self._metrics.close)

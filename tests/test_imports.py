@@ -16,6 +16,7 @@ ORDER = (
     "objective",
     "data",
     "stopping",
+    "runlock",
     "checkpoints",  # where checkpoints lie; no torch, so that it can be asked before ranks start
     "convert",
     "mcore",
@@ -42,6 +43,7 @@ FORBIDDEN = {
     "objective": {"megatron", "transformers", "numpy"},
     "checkpoints": {"torch", "megatron", "transformers"},
     "stopping": {"torch", "megatron", "transformers"},
+    "runlock": {"torch", "megatron", "transformers"},
     "launch": {"megatron", "transformers"},
     "cli": {"megatron", "transformers"},
 }

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import faulthandler
 import os
 import random
 import shutil
@@ -46,7 +47,9 @@ REDUCED = (
 """What makes the recipe's steps short, so that kills and not training take the time."""
 VARYING = ("time/", "memory/")
 """Metrics that differ from run to run."""
-PATIENCE_S = 120.0
+PATIENCE_S = 300.0
+GRACE_S = 10.0
+"""For the other ranks to end when one was killed; `nrt train` gives them as much."""
 
 
 @dataclass
@@ -82,6 +85,8 @@ class Ranks:
             port = _free_port()
             self.pids = [_fork_rank(recipe_yaml, rank, world_size, port) for rank in range(world_size)]
         self.alive = dict(enumerate(self.pids))
+        self.ended: list[int] = []
+        """Ranks that did not end by themselves."""
 
     def poll(self) -> Optional[int]:
         """The exit code of the run once all its ranks have ended: 0, or that of a rank that failed."""
@@ -111,20 +116,22 @@ class Ranks:
         os.kill(self.alive[rank], signal.SIGKILL)
         return True
 
-    def wait(self) -> int:
-        """The exit code, when all ranks have ended by themselves. Raises SystemExit when one hangs."""
-        deadline = time.monotonic() + PATIENCE_S
+    def wait(self, patience_s: float = PATIENCE_S) -> int:
+        """The exit code, when all ranks have ended; those that do not by themselves are ended, as a launcher does."""
+        deadline = time.monotonic() + patience_s
         while (code := self.poll()) is None:
-            if time.monotonic() > deadline:
+            if time.monotonic() > deadline and not self.ended:
+                self.ended = sorted(self.alive) or [-1]
                 self.end()
-                sys.exit(f"torture: ranks did not end within {PATIENCE_S:.0f} s")
             time.sleep(0.005)
         return code
 
     def end(self) -> None:
-        """Ends whatever is left."""
-        for pid in self.alive.values():
-            os.kill(pid, signal.SIGKILL)
+        """Ends whatever is left; each rank's stack goes to its log first."""
+        for sent in (signal.SIGUSR2, signal.SIGKILL):
+            for pid in self.alive.values():
+                os.kill(pid, sent)
+            time.sleep(0.5)
         if self.launcher is not None:
             self.launcher.kill()
 
@@ -159,6 +166,7 @@ def _be_rank(recipe_yaml: Path, rank: int, world_size: int, port: int) -> NoRetu
     sys.stdout = sys.stderr = log
     os.dup2(log.fileno(), 1)
     os.dup2(log.fileno(), 2)
+    faulthandler.register(signal.SIGUSR2, file=log, all_threads=True)
     try:
         from nrt_megatron import worker
 
@@ -182,34 +190,38 @@ def steps_written(run: Path) -> int:
     return max((row["step"] for row in read_metrics(run)), default=0)
 
 
-def is_saving(run: Path) -> bool:
-    """Whether a checkpoint is half written."""
-    return any((run / "checkpoints").glob(".writing-*"))
+def unfinished(run: Path) -> set[str]:
+    """Checkpoints that are half written, and those that a kill left so."""
+    return {path.name for path in (run / "checkpoints").glob(".writing-*")}
 
 
 def kill_once(
     number: int, ranks: Ranks, run: Path, draw: random.Random, world_size: int, window: float
 ) -> Optional[Kill]:
     """Kills a rank at a random moment, every other time of a save; None when the run ended before."""
-    resumed, rank = newest(run), draw.randrange(world_size)
-    left = [path for path in (run / "checkpoints").glob(".writing-*")]
+    resumed, rank, left = newest(run), draw.randrange(world_size), unfinished(run)
     until = ranks.started + draw.uniform(0.0, window)
     aim_at_save = number % 2 == 0
     pause = draw.uniform(0.0, 0.06) if aim_at_save else 0.0
     deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline:
-        if ranks.poll() is not None:
+        if ranks.poll() is not None or (len(ranks.alive) < world_size and not ranks.through_cli):
             return None
-        saving = is_saving(run) and [path for path in (run / "checkpoints").glob(".writing-*")] != left
-        if time.monotonic() >= until and (saving or not aim_at_save):
+        if time.monotonic() >= until and (unfinished(run) - left or not aim_at_save):
             time.sleep(pause)
-            during = "saving" if is_saving(run) else "a step" if steps_written(run) > resumed else "start"
+            during = "saving" if unfinished(run) - left else "a step" if steps_written(run) > resumed else "start"
             saved, steps, seconds = newest(run), steps_written(run), time.monotonic() - ranks.started
             if ranks.kill(rank):
                 start = "nrt train" if ranks.through_cli else "fork"
                 return Kill(number, start, rank, seconds, during, resumed, saved, steps)
         time.sleep(0.002)
     sys.exit("torture: a run went on for too long without a moment to kill it")
+
+
+def last_lines(scratch: Path, count: int = 30) -> str:
+    """The end of every rank's log."""
+    logs = sorted(scratch.glob("rank*.log"))
+    return "\n".join(f"--- {log.stem}\n" + "\n".join(log.read_text().splitlines()[-count:]) for log in logs)
 
 
 def rows_of(run: Path) -> list[dict[str, Any]]:
@@ -277,8 +289,8 @@ def torture(recipe: Any, scratch: Path, kills: int, seed: int) -> int:
     whole = prepare("undisturbed")
     started = Ranks(recipe_yaml, ranks, through_cli=False)
     if started.wait():
-        sys.exit(f"torture: the undisturbed run failed; see {scratch}/rank0.log")
-    window = (time.monotonic() - started.started) / 4
+        sys.exit(f"torture: the undisturbed run failed: {last_lines(scratch)}")
+    window = (time.monotonic() - started.started) / 6
     print("kill  start      rank  after s  during   resumed  saved  steps done")
     runs = 0
     while count < kills or runs == 0:
@@ -288,19 +300,22 @@ def torture(recipe: Any, scratch: Path, kills: int, seed: int) -> int:
             cli = count % 10 == 9
             started = Ranks(recipe_yaml, ranks, through_cli=cli)
             kill = kill_once(count + 1, started, run, draw, ranks, window + 8 * cli) if count < kills else None
-            code = started.wait()
+            code = started.wait(GRACE_S if kill else PATIENCE_S)
             if kill is None:
                 if code:
-                    sys.exit(f"torture: a run failed by itself with exit code {code}; see {scratch}")
+                    sys.exit(f"torture: a run failed by itself with exit code {code}: {last_lines(scratch)}")
                 continue
             count += 1
             harm = check_checkpoints(run, kill)
             problems += [f"kill {count}: {harm}"] if harm else []
             print(
                 f"{kill.number:4d}  {kill.start:9s}  {kill.rank:4d}  {kill.seconds:7.2f}  {kill.during:7s}  "
-                f"{kill.resumed:7d}  {kill.saved:5d}  {kill.steps:10d}{'  LOST: ' + harm if harm else ''}",
+                f"{kill.resumed:7d}  {kill.saved:5d}  {kill.steps:10d}{'  LOST: ' + harm if harm else ''}"
+                f"{f'  rank {started.ended} had to be ended' if started.ended else ''}",
                 flush=True,
             )
+            if started.ended:
+                print(last_lines(scratch), file=sys.stderr)
         found = differences(run, whole)
         problems += [f"run {runs} differs in {', '.join(found)}"] if found else []
         shutil.rmtree(run)

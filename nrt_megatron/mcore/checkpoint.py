@@ -172,12 +172,9 @@ def find(directory: Path, say: Callable[[str], None]) -> Optional[Path]:
     """The newest checkpoint that is whole, every byte of it read; None when there is none at all.
 
     Collective: ranks share the reading, and agree. `say` gets one line for every damaged one passed over, on the
-    main rank. Removes what a killed run left half written. Raises StorageError when there are checkpoints and none
-    is whole.
+    main rank. Raises StorageError when there are checkpoints and none is whole.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
-    if rank == 0:
-        checkpoints.clean(directory)
     found = [checkpoints.newest_first(directory)]
     dist.broadcast_object_list(found)
     reasons: list[str] = []

@@ -21,7 +21,8 @@ from typing import Any
 import pytest
 import yaml
 
-from nrt_megatron import cli, launch
+from nrt_megatron import cli, launch, runlock
+from nrt_megatron.recipe import ConfigError
 from tests.data.builders import byte_level_bpe, word_level, write_fast, write_jsonl
 from tests.run import tiny
 
@@ -238,6 +239,21 @@ def new_format(place: Path) -> None:
     for path in place.glob("run/checkpoints/step_*"):
         in_json("meta.json", format="nrt-megatron/9")(path)
         (path / MANIFEST).write_text(json.dumps({"files": checksums(path, files_of(path))}))
+
+
+def test_a_run_directory_in_use(place, nrt, monkeypatch):
+    """Of another process: two runs in one directory would destroy each other."""
+    monkeypatch.setattr(runlock, "PATIENCE_S", 0.2)
+    with runlock.hold(place / "run"):
+        before = tree(place)
+        code, said = nrt("recipe.yaml")
+        assert code == 2 and said.count("\n") == 1
+        assert re.match(rf"nrt: run_dir = 'run': in use by process {os.getpid()} on \S+; wait until it has ended, or set", said)
+        with pytest.raises(ConfigError, match="in use by process"):
+            runlock.hold(place / "run")
+        assert tree(place) == before
+    with pytest.raises(AssertionError, match="ranks would have been started"):
+        nrt("recipe.yaml")
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
