@@ -138,15 +138,15 @@ nrt_train() {
   conclude "$logs"
 }
 
-# Passes the signal on to the ranks, again and again until they have ended: one that is still starting is deaf.
+# Passes the signal on to the ranks, again and again until they have ended: one that is still starting is deaf. All of
+# it is one process group, so that `conclude` ends a call that is under way too: scancel repeats by itself what a job
+# that is completing refuses, and would stop the ranks of the next start.
 ask_to_stop() {
   [[ -z $stop_asked ]] || return 0
   stop_asked=$1
   say "SIG$1: the ranks are asked to checkpoint and stop"
-  while :; do
-    scancel --signal=USR1 "$SLURM_JOB_ID" || true # no step yet, or none any more
-    sleep 5
-  done &>/dev/null &
+  # shellcheck disable=SC2016 # the loop expands its own
+  setsid bash -c 'while :; do timeout --foreground 5 scancel --signal=USR1 "$SLURM_JOB_ID"; sleep 5; done' &>/dev/null &
   asking=$!
 }
 
@@ -169,7 +169,7 @@ run_ranks() {
 # Ends the job with what became of its ranks.
 conclude() {
   local logs=$1 code=${srun_code:-0}
-  [[ -z ${asking:-} ]] || kill "$asking" 2>/dev/null || true
+  [[ -z ${asking:-} ]] || kill -KILL -- "-$asking" 2>/dev/null || true
   report_failures "$logs"
   if a_rank_ended_with "$USER_MISTAKE" "$logs"; then
     exit "$USER_MISTAKE"

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -256,6 +257,16 @@ def test_a_signal_reaches_ranks_through_scancel_and_requeues(job: Allocation):
     job.stub("bin/srun", script + 'echo 75 n1 > "${@: -1}"/rank-0000.exit')
     done = job.run()
     assert done.returncode == 75 and job.called("scontrol requeue 42")
+    assert job.called("scancel") == ["scancel --signal=USR1 42"]
+
+
+def test_no_request_to_stop_outlives_its_attempt(job: Allocation):
+    # scancel repeats for a minute what Slurm refuses for a job that is completing, and the requeued job has the same id.
+    job.stub("bin/scancel", 'sleep 3; echo "scancel came late" >> "$CALLS"')
+    script = 'kill -USR1 $PPID; until grep -q ^scancel "$CALLS"; do sleep 0.05; done; '
+    job.stub("bin/srun", script + 'echo 75 n1 > "${@: -1}"/rank-0000.exit')
+    assert job.run().returncode == 75
+    time.sleep(4)
     assert job.called("scancel") == ["scancel --signal=USR1 42"]
 
 
