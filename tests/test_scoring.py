@@ -36,6 +36,8 @@ def generated() -> Generated:
             [[[-0.5, -0.1, 9.0], [-2.0, -0.2, 9.0]], [[-1.0, -1.0, -0.3], [-1.0, -1.0, -0.3]]]
         ),
         baseline_log_probs=torch.tensor([[-1.0, -0.2, 9.0], [-1.0, -1.0, -0.3]]),
+        sampled_tokens=torch.tensor([5, 7]),
+        scored_tokens=torch.tensor([7, 12]),
     )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Optional, Protocol
 
 import torch
@@ -44,6 +45,18 @@ class Request:
             greedy=self.greedy,
         )
 
+    @staticmethod
+    def concatenate(requests: Sequence[Request]) -> Request:
+        """One request for the prompts of all, which must agree in everything else."""
+        first = requests[0]
+        assert all(r.subset([]) == first.subset([]) for r in requests), "requests for different things"
+        return replace(
+            first,
+            prompts=[prompt for r in requests for prompt in r.prompts],
+            indices=[index for r in requests for index in r.indices],
+            answers=None if first.answers is None else [answer for r in requests for answer in r.answers],
+        )
+
 
 @dataclass(frozen=True)
 class Generated:
@@ -69,12 +82,26 @@ class Generated:
     """[G, K, A]: log c_i; A is 0 when nothing was scored"""
     baseline_log_probs: Tensor
     """[G, A]: log b_i"""
-    num_sampled_tokens: int = 0
-    """Tokens drawn, markers and end tokens included."""
-    num_scored_tokens: int = 0
-    """Tokens teacher-forced on the cache: marker and answer, for each trace and once per prompt."""
+    sampled_tokens: Tensor
+    """int64 [G]: tokens drawn for the prompt's traces, markers and end tokens included"""
+    scored_tokens: Tensor
+    """int64 [G]: tokens teacher-forced on the cache: marker and answer, for each trace and once per prompt"""
     scoring_seconds: float = 0.0
     """Wall-clock seconds of the teacher-forced forwards, which run between those of the sampling."""
+
+    @property
+    def num_sampled_tokens(self) -> int:
+        return int(self.sampled_tokens.sum())
+
+    @property
+    def num_scored_tokens(self) -> int:
+        return int(self.scored_tokens.sum())
+
+    def groups(self, chosen: slice | Tensor) -> Generated:
+        """What was generated for some of the prompts; `chosen` indexes them."""
+        index = chosen if isinstance(chosen, slice) else chosen.to(self.finish.device)
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "scoring_seconds"}
+        return replace(self, **{name: value[index] for name, value in tensors.items()})
 
     @staticmethod
     def concatenate(parts: list[Generated], order: Tensor) -> Generated:

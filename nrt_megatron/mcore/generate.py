@@ -99,7 +99,9 @@ class _Batch:
         self.marker_log_probs = empty(self.rows, self.M)
         self.answer_log_probs = empty(self.rows, self.A)
         self.baseline = empty(self.G, self.A)
-        self.scored_tokens, self.scoring_seconds = 0, 0.0
+        self.scored_tokens = empty(self.rows, fill=0, dtype=torch.int64)
+        self.scored_baseline_tokens = empty(self.G, fill=0, dtype=torch.int64)
+        self.scoring_seconds = 0.0
         self.draws_here = owner.runtime.rank == owner.runtime.sampling_rank
         greedy = owner.cfg.temperature == 0 or request.greedy
         self.uniform = None
@@ -228,8 +230,11 @@ class _Batch:
         scored = self.cache.forward(
             tokens, (known[:, None] + offset).clamp(min=0), exists, first_row=first_row, targets=targets, keep=False
         )
-        self.scored_tokens += int(exists.sum())
         self.scoring_seconds += self._clock() - started
+        if rows is None:
+            self.scored_baseline_tokens = exists.sum(-1)
+        else:
+            self.scored_tokens[rows] = exists.sum(-1)
         if scored is None:
             return
         if rows is None:
@@ -279,7 +284,7 @@ class _Batch:
             marker_log_probs=marker.view(by_group),
             answer_log_probs=answer.view(by_group),
             baseline_log_probs=torch.where(answered, baseline, 0.0),
-            num_sampled_tokens=int(self.drawn.sum()),
-            num_scored_tokens=self.scored_tokens,
+            sampled_tokens=self.drawn.view(self.G, self.K).sum(-1),
+            scored_tokens=self.scored_tokens.view(self.G, self.K).sum(-1) + self.scored_baseline_tokens,
             scoring_seconds=self.scoring_seconds,
         )
