@@ -13,6 +13,7 @@ import torch
 
 from nrt_megatron import stopping
 from nrt_megatron.checkpoints import CheckpointMeta, clean, is_checkpoint, step_of
+from nrt_megatron.continuation import record
 from nrt_megatron.convert.seeded import SeededWeights
 from nrt_megatron.convert.vocabulary import NewTokens
 from nrt_megatron.data import PromptSampler
@@ -104,13 +105,15 @@ class Run:
         resumed = self.step or None
         self._open.enter_context(hold(self.directory))  # before anything is changed in it
         clean(self.directory / "checkpoints")
-        (self.directory / "recipe.yaml").write_text(to_yaml(self.recipe))
+        changed = record(self.directory, self.last_checkpoint, self.recipe)
         self._metrics = MetricsWriter(self.directory, resumed, self.recipe.logger.tensorboard)
         self._open.callback(self._metrics.close)
         self._samples = SamplesWriter(self.directory, resumed)
         self._open.callback(self._samples.close)
         self._progress = self._open.enter_context(Progress(self.recipe.nrt.max_num_steps, self.step))
         self._progress.say(self._greeting())
+        if changed:
+            print_notice(changed)
 
     def __exit__(self, *error: object) -> None:
         self._open.close()

@@ -18,6 +18,7 @@ ORDER = (
     "stopping",
     "runlock",
     "checkpoints",  # where checkpoints lie; no torch, so that it can be asked before ranks start
+    "continuation",
     "convert",
     "mcore",
     "rollout",
@@ -42,6 +43,7 @@ FORBIDDEN = {
     "recipe": {"torch", "megatron", "transformers", "numpy"},
     "objective": {"megatron", "transformers", "numpy"},
     "checkpoints": {"torch", "megatron", "transformers"},
+    "continuation": {"torch", "megatron", "transformers"},
     "stopping": {"torch", "megatron", "transformers"},
     "runlock": {"torch", "megatron", "transformers"},
     "launch": {"megatron", "transformers"},
@@ -52,6 +54,7 @@ FORBIDDEN = {
 OURS = {
     "objective": {"recipe"},
     "checkpoints": {"recipe"},
+    "continuation": {"recipe", "checkpoints"},
     "quickstart": {"recipe", "data"},
 }
 """Rooms that may import less of the package than the order allows."""

@@ -34,7 +34,7 @@ def check(recipe: Recipe) -> None:
 
 
 def check_training(recipe: Recipe) -> None:
-    """Of `policy` and `cluster` what a plain training step needs: no traces, no tokenizer, no data. Raises ConfigError."""
+    """Of `policy` and `cluster` what a plain training step needs: no traces, tokenizer, data. Raises ConfigError."""
     check_values(recipe)
     _check_megatron(recipe)
     check_precision(recipe)
@@ -115,9 +115,14 @@ def _check_objective(recipe: Recipe) -> None:
     if nrt.rollout_importance_sampling and nrt.reward_scheme == "sft":
         problem = "nrt.reward_scheme sft samples no traces"
         raise ConfigError.at("nrt.rollout_importance_sampling", True, problem, "set it to false")
-    if nrt.num_generations_per_prompt == 1 and nrt.scale_reward_by == "std" and nrt.reward_scheme != "sft":
-        problem = "one trace has no standard deviation (nrt.scale_reward_by = 'std')"
-        raise ConfigError.at("nrt.num_generations_per_prompt", 1, problem, "set 2 or more, or nrt.scale_reward_by=none")
+    alone = [key for key in ("center_reward_by", "scale_reward_by") if getattr(nrt, key) != "none"]
+    if nrt.num_generations_per_prompt == 1 and alone and nrt.reward_scheme != "sft":
+        keys = " and ".join(f"nrt.{key} = {getattr(nrt, key)!r}" for key in alone)
+        problem = f"one trace has no group to be compared with ({keys}): every advantage would be 0"
+        if alone == ["scale_reward_by"]:
+            problem = f"one trace has no standard deviation ({keys})"
+        remedy = f"set 2 or more, or {' '.join(f'nrt.{key}=none' for key in alone)}"
+        raise ConfigError.at("nrt.num_generations_per_prompt", 1, problem, remedy)
     for low, high in (("ratio_clip_min", "ratio_clip_max"), ("ratio_drop_min", "ratio_drop_max")):
         if getattr(nrt, low) > getattr(nrt, high):
             problem = f"above nrt.{high} = {getattr(nrt, high)}"

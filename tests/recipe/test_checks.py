@@ -104,10 +104,13 @@ def test_contradictions(load, overrides, expected):
     assert expected in refusal(load(*overrides))
 
 
-def test_one_trace_has_no_deviation(load):
+def test_one_trace_has_no_group(load):
     one = ["nrt.num_generations_per_prompt=1", "policy.train_global_batch_size=4"]
-    assert "nrt.num_generations_per_prompt = 1: one trace has no standard deviation" in refusal(load(*one))
-    check(load(*one, "nrt.scale_reward_by=none"))
+    unscaled, uncentred = "nrt.scale_reward_by=none", "nrt.center_reward_by=none"
+    assert "nrt.num_generations_per_prompt = 1: one trace has no group to be compared with" in refusal(load(*one))
+    assert "every advantage would be 0" in refusal(load(*one, unscaled))
+    assert "no standard deviation" in refusal(load(*one, uncentred))
+    check(load(*one, unscaled, uncentred))
     check(load(*one, SFT))
 
 

@@ -33,16 +33,22 @@ ROOT = Path(__file__).parents[2]
 def ended(tmp_path_factory) -> Path:
     """A directory with a run of six steps that is complete."""
     directory = tmp_path_factory.mktemp("ended")
-    tiny.train_ranks(tiny.recipe(tiny.write_inputs(directory)), 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(directory)
+        tiny.train_ranks(tiny.recipe(inputs_in(directory)), 1)
     return directory
+
+
+def inputs_in(directory: Path) -> dict[str, Any]:
+    """Writes the inputs; the recipe names them relative to the directory."""
+    return json.loads(json.dumps(tiny.write_inputs(directory)).replace(f"{directory}/", ""))
 
 
 @pytest.fixture
 def place(ended, tmp_path, monkeypatch) -> Path:
     """A working directory with a copy of that run, its inputs, and the recipe it was started with."""
     shutil.copytree(ended, tmp_path, dirs_exist_ok=True)
-    inputs = json.loads(json.dumps(tiny.write_inputs(tmp_path)).replace(f"{tmp_path}/", ""))
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(inputs))
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(inputs_in(tmp_path)))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -162,8 +168,12 @@ CASES = [
     Case("object in yaml", r"recipe\.yaml.*python/object", (), text("recipe.yaml", "nrt: !!python/object/apply:os.system [ls]")),
     Case("no recipe", r"nowhere\.yaml: no such file", (), recipe="nowhere.yaml"),
     Case("no overlay", r"over\.yaml: no such file", ("--config", "over.yaml")),
-    Case("K = 1", r"nrt\.num_generations_per_prompt = 1: one trace has no standard deviation.*set 2 or more",
-         ("nrt.num_generations_per_prompt=1",)),
+    Case("K = 1", r"nrt\.num_generations_per_prompt = 1: one trace has no group .*center_reward_by = 'mean' and nrt\.scale_reward_by = 'std'.*"
+         r"set 2 or more, or nrt\.center_reward_by=none nrt\.scale_reward_by=none", ("nrt.num_generations_per_prompt=1",)),
+    Case("K = 1, centred", r"num_generations_per_prompt = 1: .*'mean'\): every advantage would be 0; set 2 or more, or nrt\.center_reward_by=none$",
+         ("nrt.num_generations_per_prompt=1", "nrt.scale_reward_by=none")),
+    Case("K = 1, scaled", r"num_generations_per_prompt = 1: one trace has no standard deviation .*or nrt\.scale_reward_by=none$",
+         ("nrt.num_generations_per_prompt=1", "nrt.center_reward_by=none")),
     Case("no room for an answer", r"max_total_sequence_length = 6: a trace of .* = 6 leaves no room", ("policy.max_total_sequence_length=6",)),
     Case("no checkpoint kept", r"checkpointing\.keep_last = 0: out of range; set a finite number at least 1", ("checkpointing.keep_last=0",)),
     Case("every prompt the same", r"data\.prompt_template = 'Q': holds no \{question\}", ("data.prompt_template=Q",)),
@@ -221,6 +231,13 @@ CASES = [
     Case("another order", r"data\.shuffle = false: the run was started with true; set that, or start a new run_dir", ("data.shuffle=false",)),
     Case("another precision", r"policy\.megatron_cfg\.bf16 = true: the run was started with false", (f"{MEGATRON}bf16=true",)),
     Case("fewer steps", r"nrt\.max_num_steps = 5: the run in run has done 6 steps; set at least 6", ("nrt.max_num_steps=5",)),
+    Case("complete, another scheme", r"run_dir = 'run': its run has done all 6 steps, without nrt\.reward_scheme 'geometric_mean' -> 'prob'; "
+         r"set another run_dir, or a higher nrt\.max_num_steps", ("nrt.reward_scheme=prob",)),
+    Case("complete, several keys", r"without policy\.optimizer\.lr 0\.01 -> 0\.02, evaluation\.num_questions 4 -> 2; set another run_dir",
+         ("evaluation.num_questions=2", "policy.optimizer.lr=0.02")),
+    Case("complete, inline model", r"without policy\.model\.config\.initializer_range 0\.2 -> 0\.1; set", model(initializer_range=0.1)),
+    Case("complete, FP8", r"without policy\.megatron_cfg\.fp8 null -> 'e4m3'",
+         (f"{MEGATRON}fp8=e4m3", f"{MEGATRON}fp8_recipe=blockwise", f"{MEGATRON}fp8_emulation=true")),
     Case("broken metrics", r"run/metrics\.jsonl line 1 is no metrics row", (), text("run/metrics.jsonl", "?\n")),
     Case("broken samples", r"run/samples\.jsonl line 1 is no", (), text("run/samples.jsonl", "?\n")),
     Case("no checkpoint is whole", r"run_dir: no checkpoint in run/checkpoints is whole \(of the newest, dist/__0_0\.distcp has", (),
@@ -248,7 +265,9 @@ def test_a_run_directory_in_use(place, nrt, monkeypatch):
         before = tree(place)
         code, said = nrt("recipe.yaml")
         assert code == 2 and said.count("\n") == 1
-        assert re.match(rf"nrt: run_dir = 'run': in use by process {os.getpid()} on \S+; wait until it has ended, or set", said)
+        assert re.match(
+            rf"nrt: run_dir = 'run': in use by process {os.getpid()} on \S+; wait until it has ended, or set", said
+        )
         with pytest.raises(ConfigError, match="in use by process"):
             runlock.hold(place / "run")
         assert tree(place) == before
@@ -273,6 +292,25 @@ def test_the_same_recipe_is_accepted(place, nrt):
     """The cases above differ from a good one by what they name alone."""
     with pytest.raises(AssertionError, match="ranks would have been started"):
         nrt("recipe.yaml")
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ("nrt.reward_scheme=prob", "nrt.max_num_steps=8"),
+        (f"{MEGATRON}tensor_model_parallel_size=2", "cluster.cpu_ranks=2", "policy.train_micro_batch_size=2"),
+        ("logger.samples_every=1", "checkpointing.keep_last=1", f"{MEGATRON}logprob_chunk_size=64"),
+        (
+            "nrt.num_generations_per_prompt=1",
+            "nrt.center_reward_by=none",
+            "nrt.scale_reward_by=none",
+            "nrt.max_num_steps=7",
+        ),
+    ],
+)
+def test_what_may_change_of_a_complete_run(place, nrt, args):
+    with pytest.raises(AssertionError, match="ranks would have been started"):
+        nrt("recipe.yaml", *args)
 
 
 # --- as a command
@@ -307,15 +345,23 @@ def test_a_full_disk_of_a_command(place):
     (checkpoints / "step_00000003").rename(place / "kept")
     size = sum(-(-path.stat().st_size // 4096) * 4 for path in (place / "kept").rglob("*") if path.is_file())
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={size * 3 // 2}k", "tmpfs", str(checkpoints)], capture_output=True, text=True
+        ["mount", "-t", "tmpfs", "-o", f"size={size * 3 // 2}k", "tmpfs", str(checkpoints)],
+        capture_output=True,
+        text=True,
     )
     if mounted.returncode:
         pytest.skip(f"no small disk could be mounted: {mounted.stderr.strip()}")
     try:
         shutil.move(place / "kept", checkpoints / "step_00000003")
         code, said = command(place, "cluster.cpu_ranks=2", f"{MEGATRON}tensor_model_parallel_size=2")
-        assert code == 2 and said.count("\n") == 1, said
-        assert re.match(r"nrt: run_dir: cannot write a checkpoint to run/checkpoints: No space left on device \(ENOSPC\); make room", said)
+        changed, said = said.splitlines()
+        assert code == 2 and changed.startswith(
+            "nrt: from step 4 on: policy.megatron_cfg.tensor_model_parallel_size 1 -> 2"
+        )
+        assert re.match(
+            r"nrt: run_dir: cannot write a checkpoint to run/checkpoints: No space left on device \(ENOSPC\); make room",
+            said,
+        )
         assert damage(checkpoints / "step_00000003", contents=True) is None
     finally:
         subprocess.run(["umount", str(checkpoints)], check=True)
