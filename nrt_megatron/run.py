@@ -5,29 +5,27 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Optional
 
 import torch
 
 from nrt_megatron import stopping
-from nrt_megatron.checkpoints import CheckpointMeta, clean, is_checkpoint, step_of
-from nrt_megatron.continuation import record
-from nrt_megatron.convert.seeded import SeededWeights
-from nrt_megatron.convert.vocabulary import NewTokens
+from nrt_megatron.checkpoints import CheckpointMeta, step_of
 from nrt_megatron.data import PromptSampler
 from nrt_megatron.evals.heldout import Evaluator
 from nrt_megatron.mcore import HAS_GPU, checkpoint, runtime
 from nrt_megatron.mcore.generate import MegatronGenerator
 from nrt_megatron.mcore.policy import MegatronPolicy
 from nrt_megatron.mcore.reduce import StepMetrics, reduce_max
+from nrt_megatron.output import Output
 from nrt_megatron.preflight import Inputs, load_inputs
 from nrt_megatron.recipe import ConfigError, Recipe, num_updates_per_step, print_notice, to_yaml
 from nrt_megatron.replay import NotFiniteError, replay_dir, write_batches
-from nrt_megatron.report import MetricsWriter, Progress, SamplesWriter, print_summary, read_metrics, samples_of
-from nrt_megatron.runlock import hold
+from nrt_megatron.report import print_summary, read_metrics, samples_of
 from nrt_megatron.scoring import Scored
+from nrt_megatron.weights import fill_weights
 
 
 class Run:
@@ -36,15 +34,14 @@ class Run:
     def __init__(self, recipe: Recipe, place: runtime.Runtime, inputs: Inputs, policy: MegatronPolicy):
         self.recipe, self.runtime, self.inputs, self.policy = recipe, place, inputs, policy
         self.directory = Path(recipe.run_dir)
+        self.output = Output(recipe, place.is_main)
         self.sampler = PromptSampler(inputs.train, recipe.nrt.seed, recipe.data.shuffle)
         self.marker_ids = inputs.tokenizer.marker_ids
         self.step = 0
         """Steps done."""
         self.last_checkpoint: Optional[Path] = None
-        self._failure: Optional[Exception] = None
         self._rollout = StepMetrics()
         self._times: dict[str, float] = {}
-        self._open = ExitStack()
         tokenizer = inputs.tokenizer
         self.generator = self._generator(self.marker_ids, tokenizer.stop_ids)
         self.evaluator = Evaluator(
@@ -91,32 +88,16 @@ class Run:
         self.step, self.last_checkpoint = meta.step, directory
 
     def __enter__(self) -> Run:
-        with self._writing() as writes:
-            if writes:
-                self._open_files()
+        self.output.open(self.last_checkpoint, self._greeting())
         try:
             self._agree()
         except ConfigError:
-            self._open.close()
+            self.output.close()
             raise
         return self
 
-    def _open_files(self) -> None:
-        resumed = self.step or None
-        self._open.enter_context(hold(self.directory))  # before anything is changed in it
-        clean(self.directory / "checkpoints")
-        changed = record(self.directory, self.last_checkpoint, self.recipe)
-        self._metrics = MetricsWriter(self.directory, resumed, self.recipe.logger.tensorboard)
-        self._open.callback(self._metrics.close)
-        self._samples = SamplesWriter(self.directory, resumed)
-        self._open.callback(self._samples.close)
-        self._progress = self._open.enter_context(Progress(self.recipe.nrt.max_num_steps, self.step))
-        self._progress.say(self._greeting())
-        if changed:
-            print_notice(changed)
-
     def __exit__(self, *error: object) -> None:
-        self._open.close()
+        self.output.close()
         if error[0] is None:
             runtime.shutdown()
 
@@ -126,26 +107,12 @@ class Run:
         verb = "continuing" if self.step else "starting"
         return f"{verb} from {origin}: {layout}, {self.policy.layers}, {place.device.type}"
 
-    @contextmanager
-    def _writing(self) -> Iterator[bool]:
-        """Whether this rank writes: the main one, until a write fails. The failure is kept for `_agree`, because
-        the other ranks would wait in their next exchange for a rank that is gone."""
-        try:
-            yield self.runtime.is_main and self._failure is None
-        except ConfigError as error:
-            self._failure = error
-        except OSError as error:
-            self._failure = ConfigError(
-                f"run_dir: cannot write to {self.directory} ({error.strerror}); make room or set another run_dir, then "
-                "start again: the run continues from its last checkpoint"
-            )
-
     def _agree(self) -> bool:
         """Whether any rank was asked to stop. Collective; raises on all ranks when the main one could not write."""
-        mine = [float(stopping.asked() is not None), float(self._failure is not None)]
+        mine = [float(stopping.asked() is not None), float(self.output.failure is not None)]
         stop, failed = reduce_max(mine, self.runtime.device)
         if failed:
-            raise self._failure or ConfigError("the main rank could not write to run_dir and says why")
+            raise self.output.failure or ConfigError("the main rank could not write to run_dir and says why")
         return bool(stop)
 
     def goes_on(self) -> bool:
@@ -178,9 +145,10 @@ class Run:
         self._times["rollout"] -= generated.scoring_seconds
         step = self.step + 1
         due = logger.samples_every and (step == 1 or step % logger.samples_every == 0)
-        with self._writing() as writes:
+        with self.output.writing() as writes:
             if writes and due:
-                self._samples.write(samples_of(scored, self.inputs.tokenizer, step, logger.samples_num_prompts))
+                samples = samples_of(scored, self.inputs.tokenizer, step, logger.samples_num_prompts)
+                self.output.write_samples(samples)
 
     @contextmanager
     def replayable(self) -> Iterator[None]:
@@ -234,9 +202,8 @@ class Run:
             return StepMetrics(self.evaluator.run(share)).reduce(self.runtime)
 
     def _write(self, row: dict[str, float]) -> None:
-        with self._writing() as writes:
-            if writes and row:
-                self._progress.show(self._metrics.write({"step": self.step, **row}))
+        if row:
+            self.output.write_row({"step": self.step, **row})
 
     def save(self) -> None:
         """Writes a checkpoint of the current step. Raises StorageError when the disk does not take it."""
@@ -270,7 +237,7 @@ class Run:
         """Shows the summary of the whole run, or where it was left; returns whether it is complete."""
         complete = self.step == self.recipe.nrt.max_num_steps
         if self.runtime.is_main:
-            self._open.close()
+            self.output.close()
             if complete:
                 print_summary(read_metrics(self.directory), self.directory, self.last_checkpoint)
             else:
@@ -290,27 +257,3 @@ def _peak_memory() -> float:
     if HAS_GPU:
         return float(torch.cuda.max_memory_allocated())
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
-
-
-def fill_weights(policy: MegatronPolicy, recipe: Recipe, inputs: Inputs) -> None:
-    """Initial weights: from `policy.model`, with rows for added tokens; seeded by name where it is inline."""
-    model, stored = recipe.policy.model, inputs.stored_shape
-    if model.config is not None:
-        policy.load(SeededWeights(inputs.shape, recipe.nrt.seed), inputs.shape)
-    elif is_checkpoint(Path(model.path)):
-        checkpoint.load_weights(Path(model.path), policy)
-    else:
-        policy.load(model.path, stored, new_tokens(recipe, inputs))
-
-
-def new_tokens(recipe: Recipe, inputs: Inputs) -> NewTokens | None:
-    """How the embeddings of added tokens start, None when the vocabulary is the checkpoint's."""
-    tokenizer, init = inputs.tokenizer, recipe.policy.tokenizer.marker_init
-    if not tokenizer.added_tokens:
-        return None
-    ids = tuple(range(tokenizer.vocab_size - len(tokenizer.added_tokens), tokenizer.vocab_size))
-    if init == "mean":
-        like = None
-    else:
-        like = (tokenizer.eos_id,) if init == "eos" else tuple(tokenizer.encode_user(init))
-    return NewTokens(ids=ids, base_size=ids[0], like=like)

@@ -29,6 +29,8 @@ ORDER = (
     "report",
     "quickstart",
     "preflight",
+    "weights",
+    "output",
     "run",
     "trainer",
     "worker",

@@ -34,8 +34,8 @@ from nrt_megatron.objective.loss import ANSWER, TRACE, nrt_loss
 from nrt_megatron.preflight import load_inputs
 from nrt_megatron.recipe import ConfigError, Recipe, check, check_files, load_recipe
 from nrt_megatron.rollout import Rollout, rollout
-from nrt_megatron.run import fill_weights
 from nrt_megatron.scoring import Scored, answers_only, score, sequence_grid
+from nrt_megatron.weights import fill_weights
 
 _EDGES = dict(first_last_layers_bf16=True)
 
