@@ -121,8 +121,9 @@ def megatron_logits(checkpoint: Path, shape: ModelShape, ids: Tensor, dtype: str
             state = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(checkpoint / "dist"))
         model.load_state_dict(state["model"])
         _round(model, dtype)
-        positions = torch.arange(len(ids))[None]
-        return model.eval()(ids[None], positions, None)[0].float()
+        device = next(model.parameters()).device
+        positions = torch.arange(len(ids), device=device)[None]
+        return model.eval()(ids[None].to(device), positions, None)[0].float().cpu()
 
 
 def _round(model: torch.nn.Module, dtype: str | None) -> None:
