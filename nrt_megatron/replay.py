@@ -132,6 +132,7 @@ def uncut(megatron: Megatron) -> Megatron:
         tensor_model_parallel_size=1,
         pipeline_model_parallel_size=1,
         virtual_pipeline_model_parallel_size=None,
+        context_parallel_size=1,
         sequence_parallel=False,
         use_distributed_optimizer=False,
         overlap_param_gather=False,

@@ -103,7 +103,8 @@ class Run:
 
     def _greeting(self) -> str:
         place, origin = self.runtime, self.last_checkpoint or self.recipe.policy.model.path or "random weights"
-        layout = f"TP {place.tp_size} x PP {place.pp_size} x DP {place.dp_size}"
+        context = f"CP {place.cp_size} x " if place.cp_size > 1 else ""
+        layout = f"TP {place.tp_size} x {context}PP {place.pp_size} x DP {place.dp_size}"
         verb = "continuing" if self.step else "starting"
         return f"{verb} from {origin}: {layout}, {self.policy.layers}, {place.device.type}"
 
@@ -161,7 +162,7 @@ class Run:
             place = self.runtime
 
             def write(target: Path) -> None:
-                if place.rank == place.sampling_rank:
+                if place.speaks_for_replica:
                     write_batches(batches, target / f"batch_{place.dp_rank}.safetensors")
 
             checkpoint.save_weights(directory, self.policy, self._meta("replay"), self._documents(), write)

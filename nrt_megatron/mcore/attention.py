@@ -8,8 +8,12 @@ training, rollout and scoring, and the sampler's log-probs are the trainer's to 
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.attention import SelfAttention
@@ -17,13 +21,20 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+
+from nrt_megatron.mcore import context
 
 
 class SDPACoreAttention(MegatronModule):
     """Drop-in for Megatron's `core_attention` modules (same constructor, same layouts).
 
     With an `attention_mask` (bool [b, 1, sq, sk], True = hidden, Megatron's convention) exactly that mask
-    acts. Without one attention is causal within the sliding window of the config, if any.
+    acts. Without one attention is causal within the sliding window of the config, if any: the queries are the last
+    of the keys' positions.
+
+    Under context parallelism queries, keys and values are those of this rank's two chunks (`context`), a mask is
+    [b, 1, s / cp, s], and keys and values of the whole sequence are gathered.
     """
 
     def __init__(
@@ -39,7 +50,9 @@ class SDPACoreAttention(MegatronModule):
     ):
         super().__init__(config=config)
         assert not config.attention_dropout and not attention_dropout, "dropout would part sampler and trainer"
-        assert config.context_parallel_size == 1, "context parallelism needs Transformer Engine's attention"
+        group = pg_collection.cp if pg_collection is not None else parallel_state.get_context_parallel_group()
+        self.shared_by = group if group.size() > 1 else None
+        """Ranks that share a sequence; None while each has whole ones."""
         self.softmax_scale = softmax_scale
         self.window = config.window_size[0] + 1 if config.window_size else None
 
@@ -55,25 +68,55 @@ class SDPACoreAttention(MegatronModule):
     ) -> Tensor:
         """query [sq, b, heads, d], key and value [sk, b, kv_heads, d] -> [sq, b, heads * d]."""
         assert attention_bias is None and packed_seq_params is None
-        if torch.is_grad_enabled():
-            value = value.contiguous()  # a view would keep query, key and value together alive for the backward
+        if self.shared_by is None:
+            if torch.is_grad_enabled():
+                value = value.contiguous()  # a view would keep query, key and value together alive for the backward
+            return self._attend(query, key, value, attention_mask)
+        key, value = context.whole(torch.stack([key, value], dim=1), self.shared_by).unbind(1)
+        if attention_mask is not None:
+            return self._attend(query, key, value, attention_mask)
+        chunk_size = query.size(0) // 2
+        outputs = []
+        for own, chunk in zip(query.split(chunk_size), context.chunks_of(self.shared_by), strict=True):
+            first, end = chunk * chunk_size, (chunk + 1) * chunk_size
+            seen = slice(max(0, first - self.window + 1) if self.window else 0, end)
+            outputs.append(self._attend(own, key[seen], value[seen], None))
+        return torch.cat(outputs)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """Of what is on this rank: as `forward`."""
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, heads, s, d]
-        if attention_mask is None and self.window and k.size(2) > self.window:
-            rows = torch.arange(k.size(2), device=k.device)[None]
-            attention_mask = hidden_columns(rows, rows, window=self.window)
+        sq, sk = q.size(2), k.size(2)
+        if attention_mask is None and self.window and sk > self.window:
+            rows = torch.arange(sk, device=k.device)[None]
+            attention_mask = hidden_columns(rows[:, sk - sq :], rows, window=self.window)
         heads = q.shape
         if attention_mask is not None and q.is_cuda:
             q, k, v = ungrouped(q, k, v)
+        mask = None if attention_mask is None else ~attention_mask
+        if mask is None and 1 < sq < sk:
+            mask = causal_lower_right(sq, sk)
         out = F.scaled_dot_product_attention(
             q,
             k,
             v,
-            attn_mask=None if attention_mask is None else ~attention_mask,
-            is_causal=attention_mask is None and q.size(2) > 1,
+            attn_mask=mask,
+            is_causal=mask is None and sq > 1,
             scale=self.softmax_scale,
             enable_gqa=q.size(1) != k.size(1),
         )
         return out.reshape(*heads[:3], -1).permute(2, 0, 1, 3).flatten(2)  # [sq, b, heads * d]
+
+
+@contextlib.contextmanager
+def whole_sequences(model: torch.nn.Module) -> Iterator[None]:
+    """Inside, each context-parallel rank feeds whole sequences of its own."""
+    with contextlib.ExitStack() as stack:
+        for module in model.modules():
+            if isinstance(module, SDPACoreAttention):
+                stack.callback(setattr, module, "shared_by", module.shared_by)
+                module.shared_by = None
+        yield
 
 
 def ungrouped(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -120,13 +163,14 @@ def hidden_columns(
     key_exists: Tensor | None = None,
     window: int | None = None,
     branches: Tensor | None = None,
+    query_branches: Tensor | None = None,
 ) -> Tensor:
     """Mask of what a query may not see: bool [b, 1, sq, sk], True = hidden.
 
     query_positions [b, sq], key_positions [b, sk]: position of each token in its own sequence.
     key_exists bool [b, sk]: False for padding and stale cache columns. window: a key further back than
     this many positions (the query itself counted) is hidden, as in Mistral. branches int64 [b, sk] of a packed
-    tree, queries and keys alike: a token sees its own branch and branch 0, the prompt.
+    tree, and query_branches [b, sq]: a token sees its own branch and branch 0, the prompt.
     A query that may see nothing (padding) is given its first column, so that no softmax is 0/0; its output
     is never read.
     """
@@ -136,8 +180,8 @@ def hidden_columns(
         hidden |= key_positions[:, None, :] <= (query_positions - window)[:, :, None]
     if key_exists is not None:
         hidden |= ~key_exists[:, None, :]
-    if branches is not None:
-        own, seen = branches[:, :, None], branches[:, None, :]
+    if branches is not None and query_branches is not None:
+        own, seen = query_branches[:, :, None], branches[:, None, :]
         hidden |= (seen != own) & (seen != 0)
     blind = hidden.all(dim=-1)
     hidden[..., 0] &= ~blind

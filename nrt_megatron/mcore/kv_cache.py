@@ -12,22 +12,24 @@ from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.transformer.utils import set_model_to_sequence_parallel
 from torch import Tensor
 
-from nrt_megatron.mcore.attention import hidden_columns
+from nrt_megatron.mcore.attention import hidden_columns, whole_sequences
 from nrt_megatron.mcore.model import PolicyModel, ScoredTokens
 from nrt_megatron.mcore.precision import rollout_precision
 
 
 @contextlib.contextmanager
 def inference_mode(chunks: list[PolicyModel], fp8: str = "same") -> Iterator[None]:
-    """Evaluation mode without gradients, FP8 as a recipe's `policy.generation.fp8` says; sequence parallelism is off,
-    since one token cannot be split."""
+    """Evaluation mode without gradients, FP8 as a recipe's `policy.generation.fp8` says; sequence and context
+    parallelism are off, since one token cannot be split."""
     sequence_parallel = chunks[0].config.sequence_parallel
     for chunk in chunks:
         chunk.eval()
         if sequence_parallel:
             set_model_to_sequence_parallel(chunk, False)
     try:
-        with torch.no_grad(), rollout_precision(chunks, fp8):
+        with torch.no_grad(), rollout_precision(chunks, fp8), contextlib.ExitStack() as stack:
+            for chunk in chunks:
+                stack.enter_context(whole_sequences(chunk))
             yield
     finally:
         for chunk in chunks:

@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
+from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from nrt_megatron.data.batch import MicroBatch
 from nrt_megatron.mcore.attention import hidden_columns
+from nrt_megatron.mcore.context import Share, of_all_ranks, share_of
 from nrt_megatron.mcore.model import ScoredTokens, unwrap
 from nrt_megatron.objective.loss import LossOutput, TokenBatch
 
@@ -29,30 +31,37 @@ class MicroBatchResult:
     """None in a forward without a loss; its tensors are detached."""
 
 
-def _mask(batch: MicroBatch, window: tuple[int, int] | None) -> Tensor | None:
-    """None where attention is causal along the row, which the core attention does without a mask."""
+def _mask(batch: MicroBatch, share: Share, window: tuple[int, int] | None) -> Tensor | None:
+    """What this rank's tokens may not see of all; None where attention is causal along the row, which the core
+    attention does without a mask."""
     if batch.branches is None:
         return None
     positions, exists = batch.position_ids, batch.branches >= 0
-    return hidden_columns(positions, positions, exists, window[0] + 1 if window else None, batch.branches)
+    width = window[0] + 1 if window else None
+    return hidden_columns(share.position_ids, positions, exists, width, batch.branches, share.branches)
 
 
-def _forward_step(loss_fn: LossFunction | None, device: torch.device):
-    """Megatron's `forward_step_func`: model output, and the function that makes (sum, count, log) of it."""
+def _forward_step(loss_fn: LossFunction | None):
+    """Megatron's `forward_step_func`: model output, and the function that makes (sum, count, log) of it.
 
-    def step(batches: Iterator[MicroBatch], model: torch.nn.Module):
-        batch = next(batches).to(device)
+    Context-parallel ranks compute the same loss, of whole sequences; one of them counts the sequences.
+    """
+
+    def step(batches: Iterator[tuple[MicroBatch, Share]], model: torch.nn.Module):
+        batch, share = next(batches)
+        scored = slice(None) if share.scored is None else share.scored
         output = model(
-            batch.tokens,
-            batch.position_ids,
-            _mask(batch, unwrap(model).config.window_size),
-            labels=ScoredTokens(batch.sources, batch.targets, batch.scale),
+            share.tokens,
+            share.position_ids,
+            _mask(batch, share, unwrap(model).config.window_size),
+            labels=ScoredTokens(share.sources, batch.targets[scored], batch.scale[scored]),
             shared_rows=batch.branches is None,
         )
 
         def reduce(output: Tensor) -> tuple[Tensor, Tensor, MicroBatchResult]:
-            log_probs, entropy = output
-            count = torch.tensor(batch.num_sequences, dtype=torch.int, device=output.device)
+            log_probs, entropy = of_all_ranks(output, share, len(batch.targets))
+            counted = batch.num_sequences if parallel_state.get_context_parallel_rank() == 0 else 0
+            count = torch.tensor(counted, dtype=torch.int, device=output.device)
             result = MicroBatchResult(batch.num_sequences, log_probs.detach(), entropy.detach(), None)
             if loss_fn is None:
                 return log_probs.sum(), count, result
@@ -94,9 +103,11 @@ def run(
     """
     config = unwrap(chunks[0]).config
     config.finalize_model_grads_func = finalize_model_grads
-    iterators = [iter(batches) for _ in chunks]
+    moved = [batch.to(device) for batch in batches]
+    shared = [(batch, share_of(batch)) for batch in moved]  # before a stage could wait for another one
+    iterators = [iter(shared) for _ in chunks]
     return get_forward_backward_func()(
-        forward_step_func=_forward_step(loss_fn, device),
+        forward_step_func=_forward_step(loss_fn),
         data_iterator=iterators if len(chunks) > 1 else iterators[0],
         model=chunks if len(chunks) > 1 else chunks[0],
         num_microbatches=len(batches),

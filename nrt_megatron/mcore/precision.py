@@ -52,11 +52,14 @@ def transformer_fields(cfg: Megatron) -> dict[str, Any]:
 def token_multiple(cfg: Megatron, packed: bool) -> int:
     """What the number of columns of a batch must be a multiple of.
 
-    Under sequence parallelism each tensor rank has an equal part of them. Transformer Engine's FP8 products sum over
+    Each context-parallel rank has two equal chunks of them, and under sequence parallelism each tensor rank an equal
+    part of these. Transformer Engine's FP8 products sum over
     tokens in the weight gradient and want them aligned: 16, for mxfp8 32, and whole blocks of 128 where one packed row
     is a batch, as NeMo-RL pads.
     """
     shared = cfg.tensor_model_parallel_size if cfg.sequence_parallel else 1
+    if cfg.context_parallel_size > 1:
+        shared *= 2 * cfg.context_parallel_size
     if not has_te_fp8(cfg):
         return shared
     return shared * (BLOCK if packed and cfg.fp8_recipe == "blockwise" else get_fp8_align_size(cfg.fp8_recipe))

@@ -37,7 +37,7 @@ class StepMetrics:
 
         A mean without any count is left out: nothing happened that could be averaged.
         """
-        contributes = runtime.rank == runtime.sampling_rank
+        contributes = runtime.speaks_for_replica
         names, phases, peaks = sorted(self.sums), sorted(self.tokens), sorted(self.maxima)
         rows = [self.sums[n] for n in names] + [(self.tokens[p], 0.0) for p in phases]
         pairs = _table(rows, (0.0, 0.0), contributes).to(runtime.device)  # [names + phases, 2]

@@ -36,6 +36,8 @@ class Runtime:
     pp_size: int
     dp_rank: int
     dp_size: int
+    cp_rank: int
+    cp_size: int
     timeout_s: float
     current_phase: str = "start"
     """What the rank is doing; named in the message when it fails or hangs."""
@@ -51,9 +53,14 @@ class Runtime:
 
     @property
     def sampling_rank(self) -> int:
-        """Global rank that draws tokens for this model replica: tensor rank 0 of the last stage."""
+        """Global rank that draws tokens for this rank's tensor and pipeline ranks: tensor rank 0 of the last stage."""
         last = dist.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group())[-1]
         return last - self.tp_rank  # tensor ranks are neighbours in Megatron's order tp-cp-ep-dp-pp
+
+    @property
+    def speaks_for_replica(self) -> bool:
+        """Whether this rank, of all that hold one replica of the model, gives its metrics and batches."""
+        return self.rank == self.sampling_rank and self.cp_rank == 0
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -117,6 +124,8 @@ def initialize(recipe: Recipe) -> Runtime:
         pp_size=cfg.pipeline_model_parallel_size,
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
+        cp_rank=parallel_state.get_context_parallel_rank(),
+        cp_size=cfg.context_parallel_size,
         timeout_s=timeout.total_seconds(),
     )
 

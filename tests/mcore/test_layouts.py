@@ -19,10 +19,11 @@ from tests.distributed import run_ranks
 from tests.mcore import tiny
 
 SEQUENCES = 8
-TP, PP, VPP = (
+TP, PP, VPP, CP = (
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
     "virtual_pipeline_model_parallel_size",
+    "context_parallel_size",
 )
 LAYOUTS = {
     "dp2": (2, {}),
@@ -43,6 +44,19 @@ LAYOUTS = {
         3,
         {PP: 3, "account_for_embedding_in_pipeline_split": True, "account_for_loss_in_pipeline_split": True},
     ),
+    "cp2": (2, {CP: 2}),
+    "cp4": (4, {CP: 4}),
+    "cp2-dp2": (4, {CP: 2}),
+    "tp2-cp2": (4, {TP: 2, CP: 2}),
+    "tp2-sp-cp2": (4, {TP: 2, CP: 2, "sequence_parallel": True}),
+    "cp2-pp2": (4, {CP: 2, PP: 2}),
+    "cp2-pp2-vpp2": (4, {CP: 2, PP: 2, VPP: 2}),
+    "cp2-dp2-distopt": (4, {CP: 2, "use_distributed_optimizer": True}),
+    "cp2-recompute": (
+        2,
+        {CP: 2, "recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    ),
+    "cp2-recompute-attention": (2, {CP: 2, "recompute_granularity": "selective"}),
     "recompute": (1, {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}),
     "recompute-tp2": (2, {TP: 2, "recompute_granularity": "selective"}),
 }
@@ -128,7 +142,8 @@ def test_a_layout_trains_like_one_rank(alone, name):
 
 
 @pytest.mark.parametrize(
-    "mbs,name", [(2, None), (4, None), (8, None), (2, "dp2"), (4, "tp2"), (2, "pp2"), (2, "tp2-sp-pp2")]
+    "mbs,name",
+    [(2, None), (4, None), (8, None), (2, "dp2"), (4, "tp2"), (2, "pp2"), (2, "tp2-sp-pp2"), (4, "cp2"), (2, "cp2-pp2")],
 )
 def test_the_micro_batch_size_changes_nothing(alone, mbs, name):
     world, layout = LAYOUTS[name] if name else (1, {})
@@ -136,7 +151,11 @@ def test_the_micro_batch_size_changes_nothing(alone, mbs, name):
 
 
 @pytest.mark.parametrize(
-    "mbs,name", [(4, None), (8, None), (4, "dp2"), (8, "tp2"), (4, "pp2"), (4, "tp2-sp"), (4, "pp2-vpp2")]
+    "mbs,name",
+    [
+        *((4, None), (8, None), (4, "dp2"), (8, "tp2"), (4, "pp2"), (4, "tp2-sp"), (4, "pp2-vpp2")),
+        *((4, "cp4"), (8, "cp2"), (4, "tp2-sp-cp2")),
+    ],
 )
 def test_packing_the_traces_of_a_prompt_as_a_tree_changes_nothing(alone, mbs, name):
     world, layout = LAYOUTS[name] if name else (1, {})
