@@ -7,8 +7,8 @@ from nrt_megatron.recipe.layout import (
     check_batches,
     check_model_shape,
     check_ranks,
+    check_sequence_cut,
     check_training_batch,
-    check_whole_sequences,
 )
 from nrt_megatron.recipe.limits import check_values
 from nrt_megatron.recipe.precision import check_precision
@@ -24,8 +24,8 @@ def check(recipe: Recipe) -> None:
     _check_model_source(recipe)
     _check_megatron(recipe)
     check_precision(recipe)
-    check_whole_sequences(recipe)
     check_ranks(recipe)
+    check_sequence_cut(recipe)
     _check_inline_shapes(recipe)
     _check_objective(recipe)
     check_batches(recipe)
@@ -39,6 +39,7 @@ def check_training(recipe: Recipe) -> None:
     _check_megatron(recipe)
     check_precision(recipe)
     check_ranks(recipe)
+    check_sequence_cut(recipe)
     _check_inline_shapes(recipe)
     check_training_batch(recipe)
 

@@ -12,6 +12,7 @@ from nrt_megatron.recipe.schema import Recipe
 
 _TP = "policy.megatron_cfg.tensor_model_parallel_size"
 _PP = "policy.megatron_cfg.pipeline_model_parallel_size"
+_CP = "policy.megatron_cfg.context_parallel_size"
 _VPP = "policy.megatron_cfg.virtual_pipeline_model_parallel_size"
 
 
@@ -55,18 +56,26 @@ def check_ranks(recipe: Recipe) -> None:
         cp = f" x CP {cfg.context_parallel_size}" if cfg.context_parallel_size > 1 else ""
         problem = f"{world} ranks cannot be split into replicas of TP {tp} x PP {pp}{cp} = {replica}"
         near = sorted({max(world // replica, 1) * replica, (world // replica + 1) * replica})
-        fitting = _nearest([n for n in _divisors(world) if n < tp], tp) if pp == 1 else []
-        other = f", or {_TP} to {_listed(fitting)}" if fitting else ", or lower TP or PP" if pp > 1 else ""
-        key, value = _world_key(recipe) if replica < world else (_TP, tp) if tp > 1 else (_PP, pp)
+        sizes = {_TP: tp, _PP: pp, _CP: cfg.context_parallel_size}
+        cut = [key for key, size in sizes.items() if size > 1]
+        fitting = _nearest([n for n in _divisors(world) if n < tp], tp) if cut == [_TP] else []
+        lower = f", or lower {_listed(cut)}" if cut != [_TP] else ""
+        other = f", or {_TP} to {_listed(fitting)}" if fitting else lower
+        key, value = _world_key(recipe) if replica < world else (cut[0], sizes[cut[0]])
         raise ConfigError.at(key, value, problem, f"set ranks in all to {_listed(near)}{other}")
 
 
-def check_whole_sequences(recipe: Recipe) -> None:
-    """Rollout and scoring do not split sequences over ranks. Raises ConfigError."""
-    context = recipe.policy.megatron_cfg.context_parallel_size
-    if context > 1:
-        problem = "rollout and scoring hold whole sequences on a rank"
-        raise ConfigError.at("policy.megatron_cfg.context_parallel_size", context, problem, "set 1")
+def check_sequence_cut(recipe: Recipe) -> None:
+    """Whether a sequence of full length is cut into equal chunks, so that no padding makes it longer: two for each
+    context-parallel rank, and of each a part for every tensor-parallel rank that has its own. Raises ConfigError."""
+    cfg, length = recipe.policy.megatron_cfg, recipe.policy.max_total_sequence_length
+    cp, tp = cfg.context_parallel_size, cfg.tensor_model_parallel_size if cfg.sequence_parallel else 1
+    chunks = 2 * cp * tp
+    if cp > 1 and length % chunks:
+        near = [n for n in (length // chunks * chunks, (length // chunks + 1) * chunks) if n]
+        problem = f"not a multiple of {chunks} = 2 x CP {cp}{f' x TP {tp} with sequence_parallel' if tp > 1 else ''}"
+        remedy = f"set {_listed(near)}, or another {_CP}"
+        raise ConfigError.at("policy.max_total_sequence_length", length, problem, remedy)
 
 
 def _world_key(recipe: Recipe) -> tuple[str, Any]:

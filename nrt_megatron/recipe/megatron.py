@@ -17,7 +17,7 @@ class Megatron:
     virtual_pipeline_model_parallel_size: Optional[int] = None
     """Chunks of layers per stage (interleaved schedule); null: one."""
     context_parallel_size: int = 1
-    """Ranks that share each sequence; 1 is the one supported value."""
+    """Ranks that share each sequence of an update; in a rollout they share a replica's prompts."""
     account_for_embedding_in_pipeline_split: bool = False
     """Deal the embedding to the first stage as if it were a layer."""
     account_for_loss_in_pipeline_split: bool = False

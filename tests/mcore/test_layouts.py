@@ -143,7 +143,17 @@ def test_a_layout_trains_like_one_rank(alone, name):
 
 @pytest.mark.parametrize(
     "mbs,name",
-    [(2, None), (4, None), (8, None), (2, "dp2"), (4, "tp2"), (2, "pp2"), (2, "tp2-sp-pp2"), (4, "cp2"), (2, "cp2-pp2")],
+    [
+        (2, None),
+        (4, None),
+        (8, None),
+        (2, "dp2"),
+        (4, "tp2"),
+        (2, "pp2"),
+        (2, "tp2-sp-pp2"),
+        (4, "cp2"),
+        (2, "cp2-pp2"),
+    ],
 )
 def test_the_micro_batch_size_changes_nothing(alone, mbs, name):
     world, layout = LAYOUTS[name] if name else (1, {})

@@ -82,7 +82,19 @@ def test_an_unknown_choice_lists_the_known_ones(load, key):
         (["policy.model.path=null"], "no model is given"),
         (["policy.model.config={a: 1}"], "given together with policy.model.config"),
         ([CONFIG], "policy.tokenizer.path = null: a model from policy.model.config brings no tokenizer"),
-        (["policy.megatron_cfg.context_parallel_size=2"], "set 1"),
+        (
+            ["policy.megatron_cfg.context_parallel_size=2", "policy.max_total_sequence_length=2046"],
+            "policy.max_total_sequence_length = 2046: not a multiple of 4 = 2 x CP 2; set 2044 or 2048, or another "
+            "policy.megatron_cfg.context_parallel_size",
+        ),
+        (
+            [
+                "policy.megatron_cfg.context_parallel_size=2",
+                "policy.megatron_cfg.sequence_parallel=true",
+                "policy.max_total_sequence_length=2044",
+            ],
+            "not a multiple of 8 = 2 x CP 2 x TP 2 with sequence_parallel; set 2040 or 2048",
+        ),
         (
             [
                 "policy.megatron_cfg.tensor_model_parallel_size=1",
@@ -121,6 +133,11 @@ def test_ranks_that_do_not_fill_replicas(load):
         " or policy.megatron_cfg.tensor_model_parallel_size to 1"
     )
     assert "cluster.gpus_per_node = 3" in refusal(load("cluster.gpus_per_node=3"))
+    context = ["policy.megatron_cfg.context_parallel_size=8", "policy.megatron_cfg.tensor_model_parallel_size=1"]
+    assert refusal(load(*context)) == (
+        "policy.megatron_cfg.context_parallel_size = 8: 4 ranks cannot be split into replicas of TP 1 x PP 1 x CP 8 ="
+        " 8; set ranks in all to 8, or lower policy.megatron_cfg.context_parallel_size"
+    )
     assert "set ranks in all to 4 or 8" in refusal(
         load("cluster={num_nodes: 3, gpus_per_node: 2}", "policy.megatron_cfg.tensor_model_parallel_size=4")
     )

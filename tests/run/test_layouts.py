@@ -17,7 +17,7 @@ from nrt_megatron.preflight import load_inputs
 from nrt_megatron.recipe import Checkpointing, Recipe
 from tests.distributed import run_ranks
 from tests.run import tiny
-from tests.run.tiny import DISTOPT, PP, SP, TP, VPP
+from tests.run.tiny import CP, DISTOPT, PP, SP, TP, VPP
 
 LAYOUTS = {
     "one": (1, {}),
@@ -29,12 +29,14 @@ LAYOUTS = {
     "tp2-sp-pp2": (4, {TP: 2, PP: 2, SP: True}),
     "tp2-dp2": (4, {TP: 2}),
     "pp2-vpp2-dp2-distopt": (4, {PP: 2, VPP: 2, DISTOPT: True}),
+    "cp2-distopt": (2, {CP: 2, DISTOPT: True}),
+    "tp2-sp-cp2": (4, {TP: 2, SP: True, CP: 2}),
 }
 UNTIED = {**tiny.MODEL, "tie_word_embeddings": False}
 """The vocabulary of 30 has 30, 36 or 48 rows at TP 1, 2 and 4."""
 
 
-BF16 = ("one", "tp2", "dp2-distopt", "pp2-vpp2-dp2-distopt")
+BF16 = ("one", "tp2", "dp2-distopt", "pp2-vpp2-dp2-distopt", "cp2-distopt")
 """Where weights are bf16, the three optimizers keep fp32 copies in three ways."""
 
 

@@ -20,12 +20,13 @@ from nrt_megatron.trainer import train
 from tests.data.builders import word_level, write_fast, write_jsonl
 from tests.distributed import run_ranks
 
-TP, PP, VPP, DISTOPT, SP = (
+TP, PP, VPP, DISTOPT, SP, CP = (
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
     "virtual_pipeline_model_parallel_size",
     "use_distributed_optimizer",
     "sequence_parallel",
+    "context_parallel_size",
 )
 MODEL = {
     "model_type": "llama",
