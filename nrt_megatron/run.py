@@ -14,8 +14,9 @@ import torch
 from nrt_megatron import stopping
 from nrt_megatron.checkpoints import CheckpointMeta, step_of
 from nrt_megatron.data import PromptSampler
+from nrt_megatron.data.traces import Generator
 from nrt_megatron.evals.heldout import Evaluator
-from nrt_megatron.mcore import HAS_GPU, checkpoint, runtime
+from nrt_megatron.mcore import HAS_GPU, checkpoint, context, runtime
 from nrt_megatron.mcore.generate import MegatronGenerator
 from nrt_megatron.mcore.policy import MegatronPolicy
 from nrt_megatron.mcore.reduce import StepMetrics, reduce_max
@@ -53,8 +54,8 @@ class Run:
         )
         self.questions = _questions(inputs, recipe.evaluation.num_questions)
 
-    def _generator(self, marker_ids: tuple[int, ...], stop_ids: tuple[int, ...]) -> MegatronGenerator:
-        return MegatronGenerator(
+    def _generator(self, marker_ids: tuple[int, ...], stop_ids: tuple[int, ...]) -> Generator:
+        made = MegatronGenerator(
             self.runtime,
             self.policy.chunks,
             self.recipe.policy.generation,
@@ -63,6 +64,7 @@ class Run:
             vocab_size=self.inputs.shape.vocab_size,
             seed=self.recipe.nrt.seed,
         )
+        return context.sharing(made)
 
     @classmethod
     def start(cls, recipe: Recipe) -> Run:
@@ -103,8 +105,8 @@ class Run:
 
     def _greeting(self) -> str:
         place, origin = self.runtime, self.last_checkpoint or self.recipe.policy.model.path or "random weights"
-        context = f"CP {place.cp_size} x " if place.cp_size > 1 else ""
-        layout = f"TP {place.tp_size} x {context}PP {place.pp_size} x DP {place.dp_size}"
+        shared = f"CP {place.cp_size} x " if place.cp_size > 1 else ""
+        layout = f"TP {place.tp_size} x {shared}PP {place.pp_size} x DP {place.dp_size}"
         verb = "continuing" if self.step else "starting"
         return f"{verb} from {origin}: {layout}, {self.policy.layers}, {place.device.type}"
 

@@ -72,15 +72,20 @@ class SDPACoreAttention(MegatronModule):
             if torch.is_grad_enabled():
                 value = value.contiguous()  # a view would keep query, key and value together alive for the backward
             return self._attend(query, key, value, attention_mask)
-        key, value = context.whole(torch.stack([key, value], dim=1), self.shared_by).unbind(1)
+        own = torch.stack([key, value], dim=1)
+        return context.with_whole(own, self.shared_by, lambda both: self._on_whole(query, both, attention_mask))
+
+    def _on_whole(self, query: Tensor, key_value: Tensor, attention_mask: Tensor | None) -> Tensor:
+        """This rank's queries on the sequence's keys and values [s, 2, b, kv_heads, d]."""
+        key, value = key_value.unbind(1)
         if attention_mask is not None:
             return self._attend(query, key, value, attention_mask)
         chunk_size = query.size(0) // 2
         outputs = []
-        for own, chunk in zip(query.split(chunk_size), context.chunks_of(self.shared_by), strict=True):
+        for part, chunk in zip(query.split(chunk_size), context.chunks_of(self.shared_by), strict=True):
             first, end = chunk * chunk_size, (chunk + 1) * chunk_size
             seen = slice(max(0, first - self.window + 1) if self.window else 0, end)
-            outputs.append(self._attend(own, key[seen], value[seen], None))
+            outputs.append(self._attend(part, key[seen], value[seen], None))
         return torch.cat(outputs)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None) -> Tensor:

@@ -5,22 +5,29 @@ way of giving every rank the same work under a causal mask (`megatron.core.utils
 a rank's own tokens; attention has its own queries and gathers keys and values of the whole sequence (A. Grattafiori et
 al., The Llama 3 Herd of Models, 2024, section 3.3.2), which leaves it free to take any mask. The loss is that of whole
 sequences: log-probs of all ranks are put together, and each rank's gradient is that of the tokens it scored.
+
+In a rollout sequences are whole: the ranks of a group share the prompts instead.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
-from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
+from megatron.core.tensor_parallel import (
+    gather_from_sequence_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+)
 from megatron.core.utils import get_batch_on_this_cp_rank
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from nrt_megatron.data.batch import MicroBatch
+from nrt_megatron.data.traces import Generator
+from nrt_megatron.mcore.exchange import SharingGenerator
 
 
 @dataclass(frozen=True)
@@ -78,3 +85,78 @@ def whole(own: Tensor, group: ProcessGroup) -> Tensor:
     gathered = gather_from_sequence_parallel_region(own, group=group)
     ranks = gathered.unflatten(0, (group.size(), 2, -1))  # chunk r and chunk 2 * cp - 1 - r of rank r
     return torch.cat([ranks[:, 0], ranks[:, 1].flip(0)]).flatten(0, 1)
+
+
+def with_whole(own: Tensor, group: ProcessGroup, attend: Callable[[Tensor], Tensor]) -> Tensor:
+    """`attend(whole(own))`, of which autograd keeps a rank's own part: the whole is gathered again for the backward pass.
+
+    Gathered at one place of it, on every rank: how often kernels ask for what they saved may differ between ranks.
+    """
+    if not torch.is_grad_enabled():
+        return attend(whole(own, group))
+    kept = _Kept(own.detach(), group)
+    joined = _Released.apply(whole(own, group), kept)
+    with torch.autograd.graph.saved_tensors_hooks(kept.pack(joined), kept.unpack):
+        out = attend(joined)
+    return _Fetched.apply(out, kept)
+
+
+class _Kept:
+    """A rank's part of a tensor, in place of the whole that kernels save; views of it are kept as their geometry."""
+
+    def __init__(self, own: Tensor, group: ProcessGroup):
+        self.own, self.group = own, group
+        self.joined: Optional[Tensor] = None
+
+    def pack(self, joined: Tensor) -> Callable[[Tensor], Any]:
+        storage = joined.untyped_storage().data_ptr()  # alive as long as anything is packed
+
+        def pack(saved: Tensor) -> Any:
+            if saved.untyped_storage().data_ptr() != storage:
+                return saved
+            return saved.size(), saved.stride(), saved.storage_offset()
+
+        return pack
+
+    def unpack(self, packed: Any) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        assert self.joined is not None, "the backward pass begins with the output of attention"
+        return self.joined.as_strided(*packed)
+
+
+class _Fetched(torch.autograd.Function):
+    """The identity on attention's output; backward, before attention's own, gathers what it was computed from."""
+
+    @staticmethod
+    def forward(ctx, out, kept):
+        ctx.kept = kept
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.kept.joined = whole(ctx.kept.own, ctx.kept.group)
+        return grad, None
+
+
+class _Released(torch.autograd.Function):
+    """The identity on what was gathered; backward, after attention's, lets it go."""
+
+    @staticmethod
+    def forward(ctx, joined, kept):
+        ctx.kept = kept
+        return joined.view_as(joined)
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.kept.joined = None
+        return grad, None
+
+
+def sharing(generator: Generator) -> Generator:
+    """`generator` asked for a part of the prompts by each context-parallel rank, and for all of them by all together.
+
+    Also what keeps these ranks at the same tokens: each of them trains on its part of every trace.
+    """
+    group = parallel_state.get_context_parallel_group()
+    return SharingGenerator(generator, group) if group.size() > 1 else generator

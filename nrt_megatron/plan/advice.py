@@ -60,6 +60,8 @@ def _changes(request: Request) -> Iterator[Change]:
     }
     for tp in _doubles(cfg.tensor_model_parallel_size, request.recipe.cluster.gpus_per_node):
         yield {f"{_CFG}tensor_model_parallel_size": tp, f"{_CFG}sequence_parallel": True}
+    for cp in _doubles(cfg.context_parallel_size, request.recipe.cluster.gpus_per_node):
+        yield {f"{_CFG}context_parallel_size": cp}
     for pp in _doubles(cfg.pipeline_model_parallel_size, request.shape.num_layers):
         yield {f"{_CFG}pipeline_model_parallel_size": pp, f"{_CFG}virtual_pipeline_model_parallel_size": None}
     for nodes in _doubles(request.recipe.cluster.num_nodes, 16 * request.recipe.cluster.num_nodes):

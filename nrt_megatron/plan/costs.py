@@ -115,7 +115,7 @@ class Costs:
             attention=attention,
             memory=self._traffic(tokens, fp8, backward, inference) / self._memory_rate,
             tensor_exchange=self._tensor_exchange(tokens, backward),
-            context_exchange=max(0.0, self._context_exchange(tokens, backward) - attention),
+            context_exchange=self._context_exchange(tokens, backward),
         )
         return parts + Seconds(host=max(0.0, efficiency.HOST_SECONDS_PER_LAYER - parts.total))
 
@@ -148,7 +148,7 @@ class Costs:
         return tokens * self.shape.hidden_size * self.element * (self.layout.tp - 1) / self.layout.tp
 
     def context_exchange_bytes(self, tokens: float) -> float:
-        """Keys and values passed once round the ring of context-parallel ranks; backward their gradients as well."""
+        """Keys and values of `tokens` tokens a rank, gathered once over the context-parallel ranks."""
         width = 2 * self.shape.num_query_groups * self.shape.kv_channels / self.layout.tp
         return width * tokens * self.element * (self.layout.cp - 1)
 
@@ -209,4 +209,5 @@ class Costs:
         return (2 if backward else 4) * self.tensor_exchange_bytes(tokens) / self.layout.tensor_bandwidth
 
     def _context_exchange(self, tokens: float, backward: bool) -> float:
+        """Gathered before attention, which waits for it; backward gathered again, and gradients scattered."""
         return self.context_exchange_bytes(tokens) * (2 if backward else 1) / self.layout.context_bandwidth

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 from nrt_megatron.convert.config import ModelShape
 from nrt_megatron.plan import efficiency
@@ -105,9 +106,9 @@ def _rollout(request: Request, costs: Costs, micro_batch: Pass, num_micro_batche
     """Sampling; and scoring, with the trainer's own log-probs of all sequences where the recipe weighs by them."""
     assert request.lengths is not None
     prompts = request.recipe.nrt.num_prompts_per_step
-    of_rank = prompts // costs.layout.dp
-    batch = RolloutBatch.of(request.recipe, of_rank, request.lengths)
-    work = rollout_work(costs, batch, of_rank)
+    drawing = replace(costs, layout=costs.layout.of_rollout())
+    batch = RolloutBatch.of(request.recipe, math.ceil(prompts / drawing.layout.dp), request.lengths)
+    work = rollout_work(drawing, batch, prompts / drawing.layout.dp)
     sampled = prompts * batch.traces * request.lengths.trace
     scored = prompts * (batch.traces + 1) * (MARKER + request.lengths.answer)
     seconds, flops = work.scoring_seconds, work.scoring_flops
@@ -126,7 +127,8 @@ def _stages(request: Request, costs: Costs, num_micro_batches: int) -> list[Stag
     longest = Pass(recipe.policy.train_micro_batch_size, recipe.policy.max_total_sequence_length)
     batch = None
     if request.samples:
-        batch = RolloutBatch.of(recipe, recipe.nrt.num_prompts_per_step // layout.dp, Lengths.limits(recipe))
+        of_rank = math.ceil(recipe.nrt.num_prompts_per_step / layout.of_rollout().dp)
+        batch = RolloutBatch.of(recipe, of_rank, Lengths.limits(recipe))
     plans = []
     for stage in layout.stages:
         memory = stage_memory(costs, stage, longest, num_micro_batches, batch)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nrt_megatron.convert.config import ModelShape
 from nrt_megatron.plan import efficiency
@@ -61,6 +61,10 @@ class Layout:
     def shards(self) -> int:
         """Ranks that share the gradients and the sharded optimizer state of a parameter."""
         return self.dp * self.cp
+
+    def of_rollout(self) -> Layout:
+        """Where sequences are whole: context-parallel ranks draw for prompts of their own, as replicas do."""
+        return replace(self, cp=1, dp=self.shards)
 
     @property
     def norm_split(self) -> int:

@@ -122,6 +122,9 @@ def _update_workspace(costs: Costs, stage: Stage, work: Pass) -> float:
     shape, cfg, layout = costs.shape, costs.cfg, costs.layout
     tokens = work.sequences * work.tokens / layout.cp
     layer = tokens * costs.element * (4 * shape.hidden_size + 5 * shape.ffn_hidden_size / layout.tp)
+    if layout.cp > 1:  # keys and values of whole sequences, and their gradients
+        width = 4 * shape.num_query_groups * shape.kv_channels / layout.tp
+        layer += work.sequences * work.tokens * costs.element * width
     if not stage.last:
         return layer
     matrix = vocab_matrix(shape, cfg) / layout.tp

@@ -57,7 +57,7 @@ class Lengths:
 
 @dataclass(frozen=True)
 class RolloutBatch:
-    """Prompts of one data-parallel rank that are decoded together, with their traces."""
+    """Prompts of one replica that are decoded together, with their traces."""
 
     prompts: int
     traces: int
@@ -134,8 +134,9 @@ class RolloutWork:
     scoring_flops: float
 
 
-def rollout_work(costs: Costs, batch: RolloutBatch, prompts_of_rank: int) -> RolloutWork:
-    """`batch` holds average lengths: decoding ends when its traces do. A last batch that is smaller takes as long."""
+def rollout_work(costs: Costs, batch: RolloutBatch, prompts_of_rank: float) -> RolloutWork:
+    """At `Layout.of_rollout`. `batch` holds average lengths: decoding ends when its traces do. A last batch that is
+    smaller takes as long. prompts_of_rank: on average, where some ranks have one more."""
     lengths, tail = batch.lengths, MARKER + batch.lengths.answer
     prefill = Pass(batch.prompts, lengths.prompt, scored=1)
     step = Pass(batch.rows, 1, cached=lengths.prompt + lengths.trace / 2)

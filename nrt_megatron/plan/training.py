@@ -94,7 +94,8 @@ def recomputed_layers(costs: Costs, stage: Stage) -> int:
 
 def _recomputation(costs: Costs, stage: Stage, work: Pass) -> Seconds:
     if costs.cfg.recompute_granularity == "selective":
-        return Seconds(attention=costs.layer(work).attention * stage.layers)
+        layer = costs.layer(work)
+        return Seconds(attention=layer.attention, context_exchange=layer.context_exchange) * stage.layers
     again = recomputed_layers(costs, stage)
     fp8 = min(again, stage.fp8_layers)
     return costs.layer(work) * (again - fp8) + costs.layer(work, fp8=True) * fp8

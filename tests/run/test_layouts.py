@@ -135,3 +135,5 @@ def test_training_goes_on_at_another_layout(fp32, name, tmp_path):
     for step, row in found.items():
         for key in ("loss", "grad_norm", "lr", "reward/trace_mean", "trace/length_mean", "answer/nll"):
             assert row[key] == pytest.approx(expected[step][key], rel=1e-5, abs=1e-6), (step, key)
+        for key in (key for key in row if key.startswith(("tokens/", "eval/"))):
+            assert row[key] == pytest.approx(expected[step][key], rel=1e-5), (step, key)

@@ -1,0 +1,66 @@
+"""Context-parallel ranks through whole runs: one replica's work is shared, and its numbers are counted once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nrt_megatron.mcore.generate import MegatronGenerator
+from tests.run import tiny
+from tests.run.tiny import CP, SP, TP
+
+SETTINGS = ("nrt.rollout_importance_sampling=true", "nrt.sequence_ratio=true", "nrt.max_num_steps=2")
+
+
+def log_prompts(directory: Path) -> None:
+    """Every rank writes down the prompts that it draws for itself."""
+    plain = MegatronGenerator.generate
+
+    def generate(self, request):
+        with open(directory / f"drawn_{self.runtime.rank}", "a") as file:
+            file.writelines(f"{request.step} {request.max_new_tokens} {index}\n" for index in request.indices)
+        return plain(self, request)
+
+    MegatronGenerator.generate = generate
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("alone")
+    inputs = tiny.write_inputs(directory)
+    tiny.train_ranks(tiny.recipe(inputs, *SETTINGS), 1, lambda: log_prompts(directory))
+    return directory, inputs
+
+
+@pytest.mark.parametrize(
+    "ranks,layout,more",
+    [(2, {CP: 2}, ()), (4, {CP: 2, TP: 2, SP: True}, ("policy.sequence_packing.enabled=true",))],
+    ids=["cp2", "tp2-sp-cp2-packed"],
+)
+def test_a_run_is_that_of_one_rank(alone, tmp_path, ranks, layout, more):
+    """Own log-probs of the trainer and whole-sequence ratios included; every metric, every sampled token."""
+    directory, inputs = alone
+    micro = () if not more else ("policy.train_micro_batch_size=2",)
+    settings = tiny.recipe(inputs, *SETTINGS, *more, *micro, f"run_dir={tmp_path}/run", ranks=ranks, **layout)
+    tiny.train_ranks(settings, ranks, lambda: log_prompts(tmp_path))
+    expected, found = tiny.rows(directory / "run"), tiny.rows(tmp_path / "run")
+    assert len(found) == len(expected) == 3
+    for old, new in zip(expected, found):
+        assert new.keys() == old.keys()
+        for key in new.keys() - {"update/padding_share", "tokens/update"}:
+            assert new[key] == pytest.approx(old[key], rel=1e-4, abs=1e-5), key
+        if "tokens/update" in old and not more:
+            assert new["tokens/update"] == old["tokens/update"]
+    for old, new in zip(tiny.samples(directory / "run"), tiny.samples(tmp_path / "run"), strict=True):
+        assert new["prompt"] == old["prompt"] and [t["ids"] for t in new["traces"]] == [t["ids"] for t in old["traces"]]
+
+
+def test_no_rank_draws_what_another_draws(alone, tmp_path):
+    directory, inputs = alone
+    settings = tiny.recipe(inputs, *SETTINGS, f"run_dir={tmp_path}/run", ranks=2, **{CP: 2})
+    tiny.train_ranks(settings, 2, lambda: log_prompts(tmp_path))
+    whole = sorted((directory / "drawn_0").read_text().splitlines())
+    parts = [(tmp_path / f"drawn_{rank}").read_text().splitlines() for rank in range(2)]
+    assert sorted(parts[0] + parts[1]) == whole
+    assert len(parts[0]) == len(parts[1])
