@@ -202,3 +202,39 @@ def test_seconds_add_and_scale():
     both = Seconds(matmul=1, host=2) + Seconds(matmul=3) * 2
     assert both == Seconds(matmul=7, host=2) and both.total == 9
     assert isinstance(costs(recipe()), Costs)
+
+
+def test_context_parallel_ranks_gather_keys_and_values():
+    """Llama-70B, TP 8: one key-value head of 128 a rank in bf16, 512 bytes a token; three of four shares come from
+    others. Backward they are gathered again and their gradients scattered; once more where attention is recomputed."""
+    whole, shared = (
+        costs(recipe(sequence_parallel=True)),
+        costs(recipe(sequence_parallel=True, context_parallel_size=4)),
+    )
+    gathered = 512 * 8192 * 3 / 4
+    forward, backward = (shared.layer(SEQUENCE, backward=back) for back in (False, True))
+    assert forward.context_exchange == pytest.approx(gathered / shared.layout.context_bandwidth)
+    assert backward.context_exchange == pytest.approx(2 * forward.context_exchange)
+    assert forward.matmul == pytest.approx(whole.layer(SEQUENCE).matmul / 4)
+    assert forward.attention == pytest.approx(whole.layer(SEQUENCE).attention / 4)
+    assert update_traffic(shared, SEQUENCE, 10)["context"] == pytest.approx(10 * 20 * 3 * gathered)
+    again = costs(recipe(sequence_parallel=True, context_parallel_size=4, recompute_granularity="selective"))
+    assert update_traffic(again, SEQUENCE, 10)["context"] == pytest.approx(10 * 20 * 4 * gathered)
+
+
+def test_context_parallel_ranks_draw_as_replicas_do():
+    """Sequences are whole in a rollout: DP 1 x CP 4 draws in the time of DP 4, from caches of the same size."""
+
+    def planned(cp: int):
+        settings = recipe(context_parallel_size=cp, use_distributed_optimizer=True)
+        tokenizer = replace(settings.policy.tokenizer, path="t")
+        return plan(
+            replace(settings, policy=replace(settings.policy, tokenizer=tokenizer)), load_hardware("h200"), build=False
+        )
+
+    plain, shared = planned(1), planned(4)
+    assert shared.layout["data"] == 1 and shared.layout["context"] == 4
+    assert shared.rollout == plain.rollout and shared.scoring == plain.scoring
+    for one, other in zip(plain.stages, shared.stages):
+        assert other.kv_cache_gib == one.kv_cache_gib and other.optimizer_gib == one.optimizer_gib
+        assert other.activations_gib == pytest.approx(one.activations_gib / 4)
