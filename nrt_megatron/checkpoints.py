@@ -53,9 +53,9 @@ class CheckpointMeta:
         try:
             meta = json.loads(path.read_text())
         except (OSError, ValueError):
-            raise ConfigError(
-                f"{path}: not readable; give a checkpoint written by `nrt train` or `nrt convert`"
-            ) from None
+            of_run = newest_first(checkpoint / "checkpoints")
+            named = f", such as {of_run[0]}" if of_run else " written by `nrt train` or `nrt convert`"
+            raise ConfigError(f"{path}: not readable; give a checkpoint{named}") from None
         if not isinstance(meta, dict) or meta.get("format") != FORMAT:
             found = meta.get("format") if isinstance(meta, dict) else None
             raise ConfigError(f"{path}: format {found!r} is not {FORMAT!r}; convert the checkpoint again")

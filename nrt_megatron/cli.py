@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, NoReturn, Optional
 
 import typer
@@ -65,19 +66,22 @@ def train(
     Starts its own ranks, one per GPU or cluster.cpu_ranks, and joins them where torchrun or srun has started them.
     """
     from nrt_megatron import launch, stopping
-    from nrt_megatron.recipe import check, load_recipe, print_notice
+    from nrt_megatron.quickstart import check_name
+    from nrt_megatron.recipe import check, check_all, check_values, load_recipe, print_notice
 
     stopping.leave()
     launch.adopt_slurm(os.environ)
     speaks = launch.is_first_rank(os.environ)
     try:
         resolved = load_recipe(recipe, config or [], overrides or [], print_notice if speaks else lambda _: None)
-        check(resolved)
-        _check_preparation(resolved)
+        check_values(resolved)
+        checks = [partial(check, resolved), partial(check_name, resolved.prepare)]
         if dry_run:
+            check_all(*checks)
             _print_resolved(resolved)
             return
-        launch.check_ranks(resolved, os.environ)
+        checks += [partial(launch.check_ranks, resolved, os.environ)]
+        check_all(*checks, *([partial(_check_files_there, resolved)] if speaks else []))
         launch.prepare_environment(resolved, os.environ)
         if speaks:
             _prepare(resolved)
@@ -97,38 +101,38 @@ def _exit_silently_unless(speaks: bool, error: ValueError) -> None:
         raise typer.Exit(USER_MISTAKE)
 
 
-def _check_preparation(recipe: Recipe) -> None:
-    from nrt_megatron.quickstart import PREPARATIONS
-    from nrt_megatron.recipe import ConfigError
+def _check_files_there(recipe: Recipe) -> None:
+    """The files that a recipe names, before anything is made; but not those that its preparation makes."""
+    from nrt_megatron.quickstart import directory_of
+    from nrt_megatron.recipe import check_files
 
-    if recipe.prepare is not None and recipe.prepare not in PREPARATIONS:
-        remedy = f"choose {', '.join(PREPARATIONS)} or null"
-        raise ConfigError.at("prepare", recipe.prepare, "unknown preparation", remedy)
+    check_files(recipe, to_be_made=directory_of(recipe.prepare))
 
 
 def _print_resolved(recipe: Recipe) -> None:
     """The recipe on stdout; on stderr what a real run would miss here, unless a preparation is to make it."""
-    from nrt_megatron.recipe import MissingFileError, check_files, print_notice, to_yaml
+    from nrt_megatron.recipe import ConfigError, MissingFileError, SeveralErrors, print_notice, to_yaml
 
     try:
-        check_files(recipe)
-    except MissingFileError as error:
-        if recipe.prepare is None:
-            print_notice(f"not on this machine yet: {error}")
+        _check_files_there(recipe)
+    except ConfigError as error:
+        found = error.errors if isinstance(error, SeveralErrors) else [error]
+        if not all(isinstance(one, MissingFileError) for one in found):
+            raise
+        print_notice(f"not on this machine yet: {error}")
     print(to_yaml(recipe), end="")
 
 
 def _prepare(recipe: Recipe) -> None:
     """Everything that one process does before the ranks start: preparation, then the checks that read files."""
     from nrt_megatron.preflight import preflight
-    from nrt_megatron.recipe import check_files, check_run_dir
+    from nrt_megatron.recipe import check_files
 
-    check_run_dir(recipe)
     if recipe.prepare is not None:
         from nrt_megatron.quickstart import prepare
 
         prepare(recipe.prepare)
-    check_files(recipe)
+        check_files(recipe)
     preflight(recipe)
 
 
@@ -161,11 +165,12 @@ def plan(
 
     from nrt_megatron import plan as planner
     from nrt_megatron.plan.render import show
-    from nrt_megatron.recipe import load_recipe
+    from nrt_megatron.recipe import load_recipe, print_notice, world_size
 
     unused = ["data.train=unused"] if training_only else []
+    loaded = load_recipe(recipe, config or [], [*unused, *(overrides or [])])
     planned = planner.plan(
-        load_recipe(recipe, config or [], [*unused, *(overrides or [])]),
+        loaded,
         planner.load_hardware(hardware),
         training_only,
         name=Path(recipe).stem,
@@ -173,6 +178,9 @@ def plan(
         trace_tokens=trace_tokens,
         answer_tokens=answer_tokens,
     )
+    if not loaded.cluster.gpus_per_node:
+        ranks = f"{world_size(loaded)} CPU ranks" if world_size(loaded) > 1 else "one CPU rank"
+        print_notice(f"cluster.gpus_per_node = 0: {ranks} planned as if each were an {planned.hardware}")
     print(json.dumps(planned.as_json(), indent=2)) if as_json else show(planned)
 
 

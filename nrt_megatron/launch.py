@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nrt_megatron import stopping
-from nrt_megatron.recipe import ConfigError, Recipe, to_yaml, world_size
+from nrt_megatron.checkpoints import newest_first
+from nrt_megatron.recipe import Cluster, ConfigError, Recipe, to_yaml, world_size
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -82,9 +83,9 @@ def check_ranks(recipe: Recipe, env: Mapping[str, str]) -> None:
         if found < cluster.gpus_per_node:
             remedy = f"set cluster.gpus_per_node={found}"
             remedy += "" if found else " and cluster.cpu_ranks to the number of ranks"
-            raise ConfigError.at(
-                "cluster.gpus_per_node", cluster.gpus_per_node, f"this machine has {found} GPUs", remedy
-            )
+            default = ", its default" if cluster.gpus_per_node == Cluster().gpus_per_node else ""
+            problem = f"this machine has {found} GPUs"
+            raise ConfigError(f"cluster.gpus_per_node = {cluster.gpus_per_node}{default}: {problem}; {remedy}")
 
 
 def prepare_environment(recipe: Recipe, env: MutableMapping[str, str]) -> None:
@@ -103,11 +104,24 @@ def run(recipe: Recipe) -> int:
         if "RANK" in os.environ or world_size(recipe) == 1:
             from nrt_megatron import worker
 
-            return worker.main(str(path)) or 0
-        return _start_ranks(world_size(recipe), path, scratch)
+            try:
+                return worker.main(str(path)) or 0
+            except SystemExit as ended:
+                if ended.code == 128 + signal.SIGINT and is_first_rank(os.environ):
+                    print(f"nrt: ended by SIGINT; {_left_behind(recipe)}", file=sys.stderr)
+                raise
+        return _start_ranks(recipe, path, scratch)
 
 
-def _start_ranks(ranks: int, recipe_yaml: Path, scratch: str) -> int:
+def _left_behind(recipe: Recipe) -> str:
+    """Where a run that was interrupted goes on; an interrupt, unlike a request to stop, saves nothing."""
+    found = newest_first(Path(recipe.run_dir or ".") / "checkpoints")
+    if not found:
+        return "no checkpoint has been written, the same command begins anew"
+    return f"the last checkpoint is {found[0]}, the same command goes on from there"
+
+
+def _start_ranks(recipe: Recipe, recipe_yaml: Path, scratch: str) -> int:
     """Runs one process a rank with torch's elastic launcher and waits for all of them."""
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -118,7 +132,7 @@ def _start_ranks(ranks: int, recipe_yaml: Path, scratch: str) -> int:
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
-        nproc_per_node=ranks,
+        nproc_per_node=world_size(recipe),
         run_id=uuid.uuid4().hex,
         rdzv_backend="c10d",
         rdzv_endpoint="127.0.0.1:0",  # a free port
@@ -135,7 +149,7 @@ def _start_ranks(ranks: int, recipe_yaml: Path, scratch: str) -> int:
     except ChildFailedError as error:
         return _report(error.failures)
     except SignalException as error:  # the launcher has ended the ranks with the same signal
-        print(f"nrt: ended by {error.sigval.name}, all ranks with it", file=sys.stderr)
+        print(f"nrt: ended by {error.sigval.name}, all ranks with it; {_left_behind(recipe)}", file=sys.stderr)
         return 128 + error.sigval
     return 0
 

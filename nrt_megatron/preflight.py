@@ -11,11 +11,13 @@ from nrt_megatron.checkpoints import MANIFEST, CheckpointMeta, damage, is_checkp
 from nrt_megatron.continuation import check_not_complete
 from nrt_megatron.convert.config import ModelShape
 from nrt_megatron.data import Limits, PromptSampler, QADataset, Tokenizer, load_tokenizer
-from nrt_megatron.recipe import ConfigError, Recipe
+from nrt_megatron.recipe import ConfigError, Recipe, print_notice
 from nrt_megatron.report.jsonl import read_rows
 from nrt_megatron.report.metrics import METRICS_FILE
 from nrt_megatron.report.samples import SAMPLES_FILE
 from nrt_megatron.runlock import check_free
+
+_VOCABULARY_MARGIN = 1.5
 
 
 @dataclass(frozen=True)
@@ -71,11 +73,22 @@ def preflight(recipe: Recipe) -> None:
     """
     check_free(Path(recipe.run_dir))
     inputs = load_inputs(recipe)
+    _say_rows_without_token(recipe, inputs)
     inputs.train.check()
     if inputs.validation is not None:
         inputs.validation.check()
     if not _continues(recipe, inputs):
         _check_weights(recipe, inputs)
+
+
+def _say_rows_without_token(recipe: Recipe, inputs: Inputs) -> None:
+    """Published models pad their vocabulary by a few rows; an inline one with many more was meant otherwise."""
+    tokens, rows = inputs.tokenizer.vocab_size, inputs.shape.vocab_size
+    if recipe.policy.model.config is not None and rows > _VOCABULARY_MARGIN * tokens:
+        print_notice(
+            f"policy.model.config.vocab_size = {rows}: the tokenizer has {tokens} tokens; the rows above them cost "
+            "memory and can be sampled, and no text stands for them"
+        )
 
 
 def _continues(recipe: Recipe, inputs: Inputs) -> bool:

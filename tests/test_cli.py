@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -222,8 +223,29 @@ def test_no_rank_outlives_its_launcher(place, sent):
     elif sent is signal.SIGTERM:  # asks ranks to checkpoint; these know nothing of it
         assert (process.returncode, err) == (75, "nrt: ended by SIGTERM before the run had started\n")
     else:
-        assert (process.returncode, err) == (128 + sent, f"nrt: ended by {sent.name}, all ranks with it\n")
+        begins = "no checkpoint has been written, the same command begins anew"
+        assert (process.returncode, err) == (128 + sent, f"nrt: ended by {sent.name}, all ranks with it; {begins}\n")
     wait_for(lambda: not any(is_alive(rank) for rank in ranks))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_an_interrupted_run_names_its_last_checkpoint(place, ranks):
+    for step in (3, 12, 9):
+        (place / f"runs/recipe/checkpoints/step_{step:08d}").mkdir(parents=True)
+    process = start(place, "train", "recipe.yaml", f"cluster.cpu_ranks={ranks}", rank_does="time.sleep(60)")
+    wait_for(lambda: len(list(place.glob("started.*"))) == ranks)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    said = "nrt: ended by SIGINT(, all ranks with it)?; the last checkpoint is runs/recipe/checkpoints/step_00000012, "
+    assert process.returncode == 130 and re.fullmatch(f"{said}the same command goes on from there\n", err), err
+
+
+def test_the_default_of_a_missing_gpu_is_named(place, monkeypatch):
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    recipe = load_recipe(place / "recipe.yaml", [], ["cluster.gpus_per_node=8"])
+    with pytest.raises(ConfigError, match=r"cluster.gpus_per_node = 8, its default: this machine has 0 GPUs; set"):
+        launch.check_ranks(recipe, {})
 
 
 def wait_for(condition, seconds: float = 60.0) -> None:

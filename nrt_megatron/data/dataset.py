@@ -188,4 +188,5 @@ class QADataset:
 
     def _malformed(self, row: int, bad: BadRow) -> ConfigError:
         problem = f"row {row} ({self._source.place(row)}): {bad.why}"
-        return ConfigError.at(self.key, self.path, problem, "fix it or set data.on_bad_row=drop")
+        remedy = f"{bad.remedy or 'fix it'} or set data.on_bad_row=drop"
+        return ConfigError.at(self.key, self.path, problem, remedy)

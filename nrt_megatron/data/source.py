@@ -81,11 +81,14 @@ class Parquet:
 
     Shuffled reading decodes a row group for each few rows, so row groups of about 1,000 rows serve best.
 
+    Args:
+        columns: names of the columns with questions, answers and messages.
+
     Raises:
-        ConfigError: the file cannot be read as Parquet.
+        ConfigError: the file cannot be read as Parquet, or has neither questions with answers nor messages.
     """
 
-    def __init__(self, path: Path, key: str, columns: Sequence[str]) -> None:
+    def __init__(self, path: Path, key: str, columns: tuple[str, str, str]) -> None:
         import pyarrow
         import pyarrow.parquet
 
@@ -94,7 +97,13 @@ class Parquet:
         except (pyarrow.ArrowException, OSError) as error:
             reason = " ".join(str(error).split())
             raise ConfigError.at(key, str(path), f"not a Parquet file ({reason:.120})", "write it again") from None
-        self._columns = [name for name in self._file.schema_arrow.names if name in columns]
+        there = self._file.schema_arrow.names
+        self._columns = [name for name in there if name in columns]
+        question, answer, messages = columns
+        if not {question, answer} <= set(there) and messages not in there:
+            problem = f"no {question!r} and {answer!r}, and no {messages!r}, among its columns {', '.join(there):.200}"
+            remedy = "set data.question_key and data.answer_key, or data.messages_key, to names that are there"
+            raise ConfigError.at(key, str(path), problem, remedy)
         sizes = [self._file.metadata.row_group(group).num_rows for group in range(self._file.num_row_groups)]
         self._ends = list(accumulate(sizes))
         self._cache: OrderedDict[int, Any] = OrderedDict()
@@ -126,7 +135,7 @@ class Parquet:
         return self._cache[group]
 
 
-def open_source(path: Union[str, Path], key: str, columns: Sequence[str]) -> Source:
+def open_source(path: Union[str, Path], key: str, columns: tuple[str, str, str]) -> Source:
     """Open a data file by its first bytes, whatever its name.
 
     Raises:

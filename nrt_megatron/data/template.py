@@ -63,8 +63,15 @@ class PromptTemplate:
             if self._text is not None and [message["role"] for message in fields.messages] != ["user"]:
                 raise _malformed("a text as data.prompt_template takes one user message, not a longer conversation")
             return fields
-        missing = [key for key in (data.question_key, data.answer_key) if row.get(key) is None]
-        raise _malformed(f"no {' and no '.join(map(repr, missing))}, and no {data.messages_key!r}")
+        missing = {name: getattr(data, name) for name in ("question_key", "answer_key")}
+        missing = {name: key for name, key in missing.items() if row.get(key) is None}
+        there = ", ".join(repr(name) for name, value in row.items() if value is not None) or "nothing"
+        raise BadRow(
+            "malformed",
+            f"no {' and no '.join(map(repr, missing.values()))}, and no {data.messages_key!r}; "
+            f"the row has {there:.200}",
+            remedy=f"set {' and '.join(f'data.{name}' for name in missing)} to names that are there, correct the row",
+        )
 
     def pieces(self, fields: Fields) -> list[Piece]:
         """The prompt as text, with the text that opens the trace. Raises BadRow("template")."""

@@ -14,6 +14,7 @@ from nrt_megatron.plan.gpus import Hardware
 from nrt_megatron.plan.result import Plan
 from nrt_megatron.plan.rollout import MARKER, Lengths
 from nrt_megatron.recipe import ConfigError, Recipe, check, check_model_shape, check_training
+from nrt_megatron.recipe.files import hint
 
 PROMPT_TOKENS = 300.0
 """Average prompt where the caller names none (assumed)."""
@@ -79,4 +80,5 @@ def model_shape(recipe: Recipe) -> ModelShape:
     if model.shape is not None:
         return ModelShape.from_hf(model.shape)
     problem = "no model is given" if model.path is None else "not on this machine, so its shape is not known"
-    raise ConfigError.at("policy.model.path", model.path, problem, "set policy.model.shape to its config.json, inline")
+    remedy = f"set policy.model.shape to its config.json, inline{hint(model.path or '')}"
+    raise ConfigError.at("policy.model.path", model.path, problem, remedy)

@@ -60,16 +60,22 @@ def _phases(plan: Plan) -> Table:
 
 def _row(phase: Phase) -> list[str]:
     values = (phase.tokens, phase.flops / 1e15, phase.tokens_per_second_per_gpu, phase.tflops_per_gpu)
-    return [f"{phase.seconds:,.1f}", *(f"{value:,.0f}" for value in values)]
+    return [_short(phase.seconds, ".1f"), *(_short(value, ".0f") for value in values)]
+
+
+def _short(value: float, spec: str) -> str:
+    """Two digits of a small number, which would be shown as 0 otherwise."""
+    return f"{value:,{spec}}" if value >= 1 or not value else f"{value:.2g}"
 
 
 def _details(plan: Plan) -> list[str]:
     causes = ", ".join(f"{name.replace('_', ' ')} {s:.2f}" for name, s in plan.update_seconds.items() if s >= 0.005)
+    causes = causes or f"{sum(plan.update_seconds.values()):.1g} in all"
     sent = ", ".join(f"{kind} {gib:,.1f}" for kind, gib in plan.traffic_gib.items() if gib)
     tokens = ", ".join(f"{name} {count:,.0f}" for name, count in plan.tokens_per_sequence.items())
     return [
-        f"step {plan.step_seconds:,.1f} s; {plan.num_steps} steps {plan.run_gpu_hours:,.0f} GPU-hours,"
-        f" {plan.run_gpu_hours / plan.gpus:,.1f} hours",
+        f"step {_short(plan.step_seconds, '.1f')} s; {plan.num_steps} steps"
+        f" {_short(plan.run_gpu_hours, '.0f')} GPU-hours, {_short(plan.run_gpu_hours / plan.gpus, '.1f')} hours",
         f"one update, seconds: {causes}; pipeline bubble {plan.pipeline_bubble:.1%}",
         f"one update, GiB sent by a GPU: {sent or 'nothing'}",
         f"assumed tokens a sequence: {tokens}; not counted: evaluation, checkpoints, data, stragglers",

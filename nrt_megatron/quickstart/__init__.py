@@ -29,6 +29,18 @@ from pathlib import Path
 from nrt_megatron.recipe import ConfigError
 
 PREPARATIONS = ("tiny_sum",)
+_DIRECTORIES = {"tiny_sum": "tiny-sum"}
+
+
+def directory_of(name: str | None, root: str | Path = "runs") -> Path | None:
+    """What `prepare(name, root)` makes; None for no preparation and an unknown one."""
+    return Path(root) / _DIRECTORIES[name] if name in _DIRECTORIES else None
+
+
+def check_name(name: str | None) -> None:
+    """Raises ConfigError for a name that stands for no preparation; None stands for none."""
+    if name is not None and name not in PREPARATIONS:
+        raise ConfigError.at("prepare", name, "unknown preparation", f"choose {', '.join(PREPARATIONS)} or null")
 
 
 def prepare(name: str, root: str | Path = "runs") -> None:
@@ -37,8 +49,9 @@ def prepare(name: str, root: str | Path = "runs") -> None:
     Same settings, same bytes: one torch thread, no global random state read or changed. Raises ConfigError for
     an unknown name, and when the directory in question was not made by this function or was changed since.
     """
-    if name not in PREPARATIONS:
-        raise ConfigError.at("prepare", name, "unknown preparation", f"choose {', '.join(PREPARATIONS)} or null")
+    check_name(name)
     from nrt_megatron.quickstart import tiny_sum
 
-    tiny_sum.prepare(Path(root) / "tiny-sum", tiny_sum.Settings())
+    target = directory_of(name, root)
+    assert target is not None
+    tiny_sum.prepare(target, tiny_sum.Settings())

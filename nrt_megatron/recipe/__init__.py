@@ -1,7 +1,7 @@
 """Recipes: YAML to frozen dataclasses, and every check that needs no model and no GPU. Imports no torch."""
 
 from nrt_megatron.recipe.checks import check, check_training
-from nrt_megatron.recipe.errors import ConfigError, MissingFileError
+from nrt_megatron.recipe.errors import ConfigError, MissingFileError, SeveralErrors, check_all
 from nrt_megatron.recipe.files import check_files, check_run_dir
 from nrt_megatron.recipe.layout import (
     check_model_shape,
@@ -11,6 +11,7 @@ from nrt_megatron.recipe.layout import (
     num_updates_per_step,
     world_size,
 )
+from nrt_megatron.recipe.limits import check_values
 from nrt_megatron.recipe.load import from_yaml, load_recipe, print_notice, to_yaml
 from nrt_megatron.recipe.presets import PRESETS
 from nrt_megatron.recipe.schema import (

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from nrt_megatron.recipe.errors import ConfigError
+from functools import partial
+
+from nrt_megatron.recipe.errors import ConfigError, check_all
 from nrt_megatron.recipe.layout import (
     check_batches,
     check_model_shape,
@@ -16,21 +18,25 @@ from nrt_megatron.recipe.schema import Recipe
 
 
 def check(recipe: Recipe) -> None:
-    """Raises ConfigError for the first value that cannot work by itself or together with another.
+    """Raises ConfigError for the values that cannot work by themselves, or else together with others.
 
     Pure: a recipe for 128 GPUs can be checked on a laptop. Files are looked at by `check_files`.
     """
     check_values(recipe)
-    _check_model_source(recipe)
-    _check_megatron(recipe)
-    check_precision(recipe)
-    check_ranks(recipe)
-    check_sequence_cut(recipe)
-    _check_inline_shapes(recipe)
-    _check_objective(recipe)
+    independent = (
+        _check_model_source,
+        _check_tokenizer_source,
+        _check_megatron,
+        check_precision,
+        check_ranks,
+        check_sequence_cut,
+        _check_inline_shapes,
+        _check_objective,
+        _check_lengths,
+        _check_schedule,
+    )
+    check_all(*(partial(check, recipe) for check in independent))
     check_batches(recipe)
-    _check_lengths(recipe)
-    _check_schedule(recipe)
 
 
 def check_training(recipe: Recipe) -> None:
@@ -52,14 +58,18 @@ def _check_inline_shapes(recipe: Recipe) -> None:
 
 
 def _check_model_source(recipe: Recipe) -> None:
-    model, tokenizer = recipe.policy.model, recipe.policy.tokenizer
+    model = recipe.policy.model
     if model.path is None and model.config is None:
         remedy = "set policy.model.path to a directory, or policy.model.config to a config.json inline"
         raise ConfigError.at("policy.model.path", None, "no model is given", remedy)
     if model.path is not None and model.config is not None:
         problem = "given together with policy.model.config, which means random weights"
         raise ConfigError.at("policy.model.path", model.path, problem, "set one of the two to null")
-    if tokenizer.path is None and model.path is None:
+
+
+def _check_tokenizer_source(recipe: Recipe) -> None:
+    model, tokenizer = recipe.policy.model, recipe.policy.tokenizer
+    if tokenizer.path is None and model.path is None and model.config is not None:
         problem = "a model from policy.model.config brings no tokenizer"
         raise ConfigError.at(
             "policy.tokenizer.path", None, problem, "set a directory with tokenizer.json or tokenizer.model"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 _LONGEST_VALUE = 100  # characters of a value shown in a message
@@ -22,6 +23,31 @@ class ConfigError(ValueError):
 
 class MissingFileError(ConfigError):
     """A file or directory that the recipe names is not there."""
+
+
+class SeveralErrors(ConfigError):
+    """Mistakes that have nothing to do with each other: the first on a line, the others on a second one."""
+
+    def __init__(self, errors: list[ConfigError]) -> None:
+        self.errors = [
+            one for error in errors for one in (error.errors if isinstance(error, SeveralErrors) else [error])
+        ]
+        first, *others = map(str, self.errors)
+        super().__init__(f"{first}\nalso: {' | '.join(others)}")
+
+
+def check_all(*checks: Callable[[], None]) -> None:
+    """Runs checks that do not need each other, and raises what they raise: one ConfigError, or SeveralErrors."""
+    errors = []
+    for check in checks:
+        try:
+            check()
+        except ConfigError as error:
+            errors.append(error)
+    if len(errors) > 1:
+        raise SeveralErrors(errors)
+    if errors:
+        raise errors[0]
 
 
 def show(value: Any) -> str:

@@ -4,30 +4,56 @@ from __future__ import annotations
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from nrt_megatron.recipe.errors import ConfigError, MissingFileError
+from nrt_megatron.recipe.errors import ConfigError, MissingFileError, check_all
 from nrt_megatron.recipe.layout import check_model_shape
 from nrt_megatron.recipe.schema import Recipe
 
+MADE_BY = {
+    "tiny-sum": "nrt train recipes/nrt-tiny-1n0g-cpu.yaml makes it",
+    "smollm2": "make smollm2, or tools/fetch_smollm2.py, fetches it",
+}
+"""Directories below `runs` that come from this project -> what makes them."""
 
-def check_files(recipe: Recipe) -> None:
-    """Raises ConfigError, MissingFileError where something is absent, for the first file that cannot be used.
 
-    Run it after `prepare`. Relative paths start in the working directory.
+def hint(path: str) -> str:
+    """What makes a path of this project that is not there, as the end of a remedy; empty for a path of the user."""
+    parts = Path(path).parts
+    return f"; {MADE_BY[parts[1]]}" if len(parts) > 1 and parts[0] == "runs" and parts[1] in MADE_BY else ""
+
+
+def check_files(recipe: Recipe, to_be_made: Path | None = None) -> None:
+    """Raises ConfigError, MissingFileError where something is absent, for every file that cannot be used.
+
+    Run it after `prepare`, or before it with the directory that it will make: what lies in there may be absent.
+    Relative paths start in the working directory.
     """
-    check_run_dir(recipe)
-    model, tokenizer = recipe.policy.model, recipe.policy.tokenizer
-    if model.path is not None:
-        config, source = _read_config(Path(model.path))
-        check_model_shape(recipe, config, str(source))
-        _check_planned_shape(model.shape or {}, config, str(source))
-    if tokenizer.path is not None:
-        _check_directory("policy.tokenizer.path", tokenizer.path, "tokenizer.json or tokenizer.model")
-    _check_file("data.train", recipe.data.train)
-    if recipe.data.validation is not None:
-        _check_file("data.validation", recipe.data.validation)
+    data, tokenizer = recipe.data, recipe.policy.tokenizer
+
+    def there(path: str | None) -> bool:
+        return path is not None and (to_be_made is None or to_be_made.exists() or to_be_made not in Path(path).parents)
+
+    check_all(
+        partial(check_run_dir, recipe),
+        *([partial(_check_model, recipe)] if there(recipe.policy.model.path) else []),
+        *([partial(_check_tokenizer, str(tokenizer.path))] if there(tokenizer.path) else []),
+        *([partial(_check_file, "data.train", data.train)] if there(data.train) else []),
+        *([partial(_check_file, "data.validation", str(data.validation))] if there(data.validation) else []),
+    )
+
+
+def _check_model(recipe: Recipe) -> None:
+    model = recipe.policy.model
+    config, source = _read_config(Path(str(model.path)))
+    check_model_shape(recipe, config, str(source))
+    _check_planned_shape(model.shape or {}, config, str(source))
+
+
+def _check_tokenizer(path: str) -> None:
+    _check_directory("policy.tokenizer.path", path, "tokenizer.json or tokenizer.model")
 
 
 def check_run_dir(recipe: Recipe) -> None:
@@ -44,7 +70,8 @@ def check_run_dir(recipe: Recipe) -> None:
 def _check_directory(key: str, path: str, holds: str) -> None:
     if not Path(path).is_dir():
         problem = "not a directory" if Path(path).exists() else f"no such directory in {Path.cwd()}"
-        raise MissingFileError.at(key, path, problem, f"give a local directory with {holds} (nothing is downloaded)")
+        remedy = f"give a local directory with {holds} (nothing is downloaded){hint(path)}"
+        raise MissingFileError.at(key, path, problem, remedy)
 
 
 def _read_config(directory: Path) -> tuple[dict[str, Any], Path]:
@@ -82,7 +109,7 @@ def _check_planned_shape(shape: dict[str, Any], config: dict[str, Any], source: 
 def _check_file(key: str, path: str) -> None:
     remedy = "give the path of a JSONL or Parquet file"
     if not Path(path).exists():
-        raise MissingFileError.at(key, path, f"no such file in {Path.cwd()}", remedy)
+        raise MissingFileError.at(key, path, f"no such file in {Path.cwd()}", remedy + hint(path))
     if Path(path).is_dir():
         raise ConfigError.at(key, path, "is a directory", remedy)
     if not os.access(path, os.R_OK):

@@ -159,7 +159,9 @@ def check_model_shape(recipe: Recipe, config: Mapping[str, Any], source: str) ->
     positions, limit = config.get("max_position_embeddings"), recipe.policy.max_total_sequence_length
     if _is_size(positions) and limit > positions:
         problem = f"beyond max_position_embeddings = {positions} of {source}"
-        raise ConfigError.at("policy.max_total_sequence_length", limit, problem, f"set at most {positions}")
+        trace = "policy.generation.max_new_tokens"
+        beside = f", and {trace} below that" if recipe.policy.generation.max_new_tokens >= positions else ""
+        raise ConfigError.at("policy.max_total_sequence_length", limit, problem, f"set at most {positions}{beside}")
 
 
 def _check_stages(recipe: Recipe, num_layers: int, source: str) -> None:

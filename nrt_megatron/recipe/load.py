@@ -13,21 +13,26 @@ import io
 import re
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException, ValidationError
 from yaml import YAMLError
 
-from nrt_megatron.recipe.errors import ConfigError, MissingFileError
-from nrt_megatron.recipe.keys import check_keys, leaf_types, wanted
+from nrt_megatron.recipe.checks import check
+from nrt_megatron.recipe.errors import ConfigError, MissingFileError, check_all
+from nrt_megatron.recipe.keys import check_keys, leaf_types, value_type, wanted
 from nrt_megatron.recipe.legacy import translate
 from nrt_megatron.recipe.presets import PRESETS
 from nrt_megatron.recipe.schema import Recipe
 
 Layer = tuple[dict[str, Any], str]
 """Nested keys as written, and where they come from (for messages)."""
+
+_MANDATORY = "data.train"
+"""The one key without a default. Where it is not set, what else is wrong is said with it."""
 
 
 def print_notice(line: str) -> None:
@@ -149,10 +154,20 @@ def _resolve(layers: list[Layer], default_run_dir: str | None = None) -> Recipe:
         if merged.run_dir is None:
             merged.run_dir = default_run_dir
         recipe = OmegaConf.to_object(merged)
+    except MissingMandatoryValue as error:
+        missing = _config_error(error, "resolved recipe")
+        if error.full_key != _MANDATORY:
+            raise missing from None
+        filled = ({"data": {"train": "unset"}}, "resolved recipe")
+        check_all(partial(_raise, missing), partial(check, _resolve([*layers, filled], default_run_dir)))
     except OmegaConfBaseException as error:
         raise _config_error(error, "resolved recipe") from None
     assert isinstance(recipe, Recipe)
     return recipe
+
+
+def _raise(error: ConfigError) -> NoReturn:
+    raise error
 
 
 def _preset_layer(layers: list[Layer]) -> list[Layer]:
@@ -181,8 +196,19 @@ def _config_error(error: OmegaConfBaseException, source: str) -> ConfigError:
     """OmegaConf's several lines as one, with the key, its value and the type it wants."""
     key = error.full_key or "recipe"
     if isinstance(error, MissingMandatoryValue):
-        return ConfigError.at(key, "???", "must be set", f"add {key}={wanted(key).replace(' ', '_').upper()}")
+        value = "FILE" if key == _MANDATORY else wanted(key).replace(" ", "_").upper()
+        return ConfigError.at(key, "???", "must be set", f"add {key}={value}")
     problem = str(error).splitlines()[0]
     if isinstance(error, ValidationError) and key in leaf_types():
-        return ConfigError.at(key, error.value, f"wrong type ({source})", f"set {wanted(key)}")
+        return ConfigError.at(
+            key, error.value, f"wrong type ({source})", f"set {wanted(key)}{_quoted(key, error.value)}"
+        )
     return ConfigError(f"{key}: {problem} ({source}); correct the value, or escape a literal ${{ as \\${{")
+
+
+def _quoted(key: str, value: Any) -> str:
+    """How to write a text that YAML reads as something else: `[END]` is a list to it, `{x}` a mapping."""
+    if value_type(key)[0] is not str or not OmegaConf.is_config(value):
+        return ""
+    name = key.rpartition(".")[2]
+    return f', quoted where it begins with a bracket: \'{key}="[...]"\', or {name}: "[...]" in YAML'

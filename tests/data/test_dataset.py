@@ -117,7 +117,8 @@ def test_malformed_rows(tmp_path: Path, words: Tokenizer, row: Any, why: str) ->
         _dataset(tmp_path, rows, words).check()
     message = str(error.value)
     assert message.startswith(f"data.train = '{tmp_path}/data.jsonl': row 2 (line 4): ") or "..." in message
-    assert why in message and message.endswith("; fix it or set data.on_bad_row=drop") and "\n" not in message
+    assert why in message and message.endswith(" or set data.on_bad_row=drop") and "\n" not in message
+    assert ("; fix it or" in message) != ("to names that are there, correct the row or" in message)
 
     dataset = _dataset(tmp_path, rows, words, on_bad_row="drop")
     report = dataset.check()

@@ -1,7 +1,9 @@
 """`nrt plan` as a user and as a machine call it."""
 
 import json
+import re
 import resource
+from pathlib import Path
 
 import pytest
 import yaml
@@ -14,6 +16,17 @@ from nrt_megatron.recipe import ConfigError, load_recipe
 from . import published
 from .test_recipes import LARGE
 
+RECIPES = Path(__file__).parents[2] / "recipes"
+SMALL = {
+    "model_type": "llama",
+    "vocab_size": 24,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
 LARGEST = next(path for path in LARGE if "70b" in path.stem)
 
 
@@ -95,6 +108,27 @@ def test_a_model_that_is_elsewhere_needs_its_shape():
     recipe = load_recipe(LARGE[0], [], ["policy.model.shape=null"])
     with pytest.raises(ConfigError, match=r"policy.model.path = .*set policy.model.shape"):
         plan(recipe, load_hardware("h100"), build=False)
+
+
+def test_a_recipe_for_cpus_says_what_it_is_planned_as(tmp_path):
+    tiny = RECIPES / "nrt-tiny-1n0g-cpu.yaml"
+    (tmp_path / "config.json").write_text(json.dumps(SMALL))
+    done = CliRunner().invoke(app, ["plan", str(tiny), f"policy.model.path={tmp_path}"], catch_exceptions=False)
+    assert "nrt: cluster.gpus_per_node = 0: 2 CPU ranks planned as if each were an H100" in done.output
+    assert re.search(r"one update, seconds: \d\S* in all;", done.output) and "rollout    │     0.0 " not in done.output
+
+
+@pytest.mark.parametrize(
+    "name, made",
+    [
+        ("nrt-tiny-1n0g-cpu", "; nrt train recipes/nrt-tiny-1n0g-cpu.yaml makes it"),
+        ("nrt-smollm2-135m-1n0g-cpu", "; make smollm2, or tools/fetch_smollm2.py, fetches it"),
+    ],
+)
+def test_a_model_that_this_project_makes(name, made, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=rf"not on this machine, .*{made}$"):
+        plan(load_recipe(RECIPES / f"{name}.yaml"), load_hardware("h100"), build=False)
 
 
 @pytest.mark.parametrize(

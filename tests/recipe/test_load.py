@@ -16,7 +16,7 @@ def message(path, *overrides, overlays=()) -> str:
     with pytest.raises(ConfigError) as caught:
         load_recipe(path, overlays, overrides)
     text = str(caught.value)
-    assert len(text.splitlines()) == 1
+    assert len(text.splitlines()) == (2 if "\nalso: " in text else 1)
     return text
 
 
@@ -175,6 +175,17 @@ def test_a_wrong_value_is_one_line_with_key_value_and_remedy(write, override, ex
 def test_a_broken_file_is_one_line(write, text, expected):
     path = write(text)
     assert expected in message(path) and (str(path) in message(path) or not text)
+
+
+def test_what_is_wrong_beside_a_missing_key_is_said_with_it(write):
+    text = message(write("policy: {optimizer: {min_lr: 1}}"))
+    first, second = text.splitlines()
+    assert first == "data.train = '???': must be set; add data.train=FILE"
+    assert second.startswith("also: policy.model.path = null: no model is given; set ")
+    assert second.endswith(" | policy.optimizer.min_lr = 1.0: above policy.optimizer.lr = 2e-06; set at most 2e-06")
+    assert (
+        message(write("policy: {optimizer: {lr: -1}}")).splitlines()[1].startswith("also: policy.optimizer.lr = -1.0")
+    )
 
 
 def test_unreadable_recipes(write, tmp_path):

@@ -177,6 +177,14 @@ CASES = [
     Case("no room for an answer", r"max_total_sequence_length = 6: a trace of .* = 6 leaves no room", ("policy.max_total_sequence_length=6",)),
     Case("no checkpoint kept", r"checkpointing\.keep_last = 0: out of range; set a finite number at least 1", ("checkpointing.keep_last=0",)),
     Case("every prompt the same", r"data\.prompt_template = 'Q': holds no \{question\}", ("data.prompt_template=Q",)),
+    Case("list as marker", r"policy\.tokenizer\.marker = \['END'\]: wrong type .*; set a text, quoted .*'policy\.tokenizer\.marker=\"\[\.\.\.\]\"'",
+         ("policy.tokenizer.marker=[END]",)),
+    Case("several at once", r"policy\.tokenizer\.path = null: .*\n"
+         r"also: cluster\.gpus_per_node = 512: this machine has \d+ GPUs; .* \| data\.train = 'x\.jsonl': no such file",
+         ("policy.tokenizer.path=null", "cluster.gpus_per_node=512", "nrt.num_prompts_per_step=512",
+          "policy.train_global_batch_size=1024", "data.train=x.jsonl")),
+    Case("minimal", r"data\.train = '\?\?\?': must be set; add data\.train=FILE\nalso: policy\.tokenizer\.path = null.* \| policy\.max_total",
+         (), text("recipe.yaml", yaml.safe_dump({"policy": {"model": {"config": tiny.MODEL}}}))),
     # layouts
     Case("TP and heads", rf"{MEGATRON}tensor_model_parallel_size = 3: does not divide num_attention_heads = 4.*set 1, 2 or 4",
          (f"{MEGATRON}tensor_model_parallel_size=3", "cluster.cpu_ranks=3")),
@@ -187,6 +195,15 @@ CASES = [
     Case("nodes", r"cluster\.num_nodes = 2: ranks are started on this machine alone", ("cluster.num_nodes=2", "cluster.cpu_ranks=2")),
     Case("other number of ranks", r"cluster\.cpu_ranks = 1: 4 ranks were started \(WORLD_SIZE\)", env={"RANK": "0", "WORLD_SIZE": "4"}),
     # data
+    Case("wrong fields", r"data\.train = 'train\.jsonl': row 32 .*no 'question' and no 'answer', and no 'messages'; the row has 'prompt', 'response'; "
+         r"set data\.question_key and data\.answer_key to names that are there", (), row(prompt="w1", response="w2")),
+    Case("wrong columns", r"data\.train = 'train\.parquet': no 'question' .* among its columns prompt, response; set data\.question_key and",
+         ("data.train=train.parquet", ELSEWHERE), parquet(prompt=["w1"], response=["w2"])),
+    Case("no data, before anything is prepared", r"data\.train = 'x\.jsonl': no such file", ("prepare=tiny_sum", "data.train=x.jsonl")),
+    Case("prepared by another recipe", r"data\.train = 'runs/tiny-sum/train\.jsonl': no such file.*; nrt train recipes/nrt-tiny-1n0g-cpu\.yaml makes it",
+         ("data.train=runs/tiny-sum/train.jsonl",)),
+    Case("not fetched", r"policy\.model\.path = 'runs/smollm2/base': no such directory.*; make smollm2, or tools/fetch_smollm2\.py, fetches it",
+         ("policy.model.config=null", "policy.model.path=runs/smollm2/base", ELSEWHERE)),
     Case("no data", r"data\.train = 'x\.jsonl': no such file", ("data.train=x.jsonl",)),
     Case("data is a directory", r"data\.train = 'tokenizer': is a directory", ("data.train=tokenizer",)),
     Case("no validation", r"data\.validation = 'x\.jsonl': no such file", ("data.validation=x.jsonl",)),
@@ -311,6 +328,26 @@ def test_the_same_recipe_is_accepted(place, nrt):
 def test_what_may_change_of_a_complete_run(place, nrt, args):
     with pytest.raises(AssertionError, match="ranks would have been started"):
         nrt("recipe.yaml", *args)
+
+
+def test_a_vocabulary_that_no_token_fills_is_said(place, nrt, capfd):
+    with pytest.raises(AssertionError, match="ranks would have been started"):
+        nrt("recipe.yaml", *model(vocab_size=32000), ELSEWHERE)
+    said = capfd.readouterr().err
+    assert (
+        said.startswith("nrt: policy.model.config.vocab_size = 32000: the tokenizer has 28 tokens; ")
+        and said.count("\n") == 1
+    )
+
+
+def test_a_run_in_place_of_a_checkpoint(place):
+    from nrt_megatron.mcore.convert_checkpoint import export_to_hf
+
+    with pytest.raises(
+        ConfigError, match=r"^run/meta\.json: not readable; give a checkpoint, such as run/checkpoints/step_00000006$"
+    ):
+        export_to_hf("run", "release")
+    assert not (place / "release").exists()
 
 
 # --- as a command
