@@ -15,6 +15,7 @@ from nrt_megatron.data import Example
 from nrt_megatron.data.batch import SequenceGrid, micro_batch, micro_batches
 from nrt_megatron.mcore import HAS_GPU, runtime
 from nrt_megatron.mcore import checkpoint as checkpoint_room
+from nrt_megatron.mcore.attention import SDPACoreAttention, hidden_columns
 from nrt_megatron.mcore.checkpoint import load_weights
 from nrt_megatron.mcore.generate import MegatronGenerator
 from nrt_megatron.mcore.model import build_chunks, use_transformer_engine
@@ -215,3 +216,21 @@ def test_the_adapter_for_cpus_is_not_even_imported():
     import sys
 
     assert "nrt_megatron.mcore.cpu" not in sys.modules
+
+
+@pytest.mark.parametrize("dtype,tolerance", [(torch.bfloat16, 2e-2), (torch.float32, 1e-4)])
+@pytest.mark.parametrize("groups", [8, 2])
+def test_attention_of_a_later_chunk_is_that_of_the_mask(dtype, tolerance, groups):
+    """What a context-parallel rank computes: fewer queries than keys, the last of them."""
+    shapes = [(128, 2, 8, 64), (384, 2, groups, 64), (384, 2, groups, 64)]
+    inputs = [torch.randn(shape, device="cuda", dtype=dtype, requires_grad=True) for shape in shapes]
+    core = SDPACoreAttention.__new__(SDPACoreAttention)
+    torch.nn.Module.__init__(core)
+    core.shared_by, core.window, core.softmax_scale = None, None, None
+    rows = torch.arange(384, device="cuda")[None]
+    results = []
+    for mask in (None, hidden_columns(rows[:, 256:], rows)):
+        out = core(*inputs, mask)
+        results.append([out, *torch.autograd.grad(out.float().square().sum(), inputs)])
+    for got, expected in zip(*results):
+        torch.testing.assert_close(got, expected, atol=tolerance, rtol=tolerance)
