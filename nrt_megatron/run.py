@@ -16,10 +16,11 @@ from nrt_megatron.checkpoints import CheckpointMeta, step_of
 from nrt_megatron.data import PromptSampler
 from nrt_megatron.data.traces import Generator
 from nrt_megatron.evals.heldout import Evaluator
-from nrt_megatron.mcore import HAS_GPU, checkpoint, context, runtime
+from nrt_megatron.mcore import HAS_GPU, checkpoint, runtime
 from nrt_megatron.mcore.generate import MegatronGenerator
 from nrt_megatron.mcore.policy import MegatronPolicy
 from nrt_megatron.mcore.reduce import StepMetrics, reduce_max
+from nrt_megatron.mcore.rollout_model import rollout_model
 from nrt_megatron.output import Output
 from nrt_megatron.preflight import Inputs, load_inputs
 from nrt_megatron.recipe import ConfigError, Recipe, num_updates_per_step, print_notice, to_yaml
@@ -44,9 +45,11 @@ class Run:
         self._rollout = StepMetrics()
         self._times: dict[str, float] = {}
         tokenizer = inputs.tokenizer
-        self.generator = self._generator(self.marker_ids, tokenizer.stop_ids)
+        self.rollout_model = rollout_model(policy)
+        traces = self._generator(self.marker_ids, tokenizer.stop_ids)
+        self.generator = self.rollout_model.for_training(traces)
         self.evaluator = Evaluator(
-            traces=self.generator,
+            traces=traces,
             answers=self._generator((tokenizer.eos_id,), tokenizer.stop_ids),
             tokenizer=tokenizer,
             cfg=recipe.evaluation,
@@ -56,15 +59,15 @@ class Run:
 
     def _generator(self, marker_ids: tuple[int, ...], stop_ids: tuple[int, ...]) -> Generator:
         made = MegatronGenerator(
-            self.runtime,
-            self.policy.chunks,
+            self.rollout_model.place,
+            self.rollout_model.chunks,
             self.recipe.policy.generation,
             marker_ids=marker_ids,
             stop_ids=stop_ids,
             vocab_size=self.inputs.shape.vocab_size,
             seed=self.recipe.nrt.seed,
         )
-        return context.sharing(made)
+        return self.rollout_model.for_replica(made)
 
     @classmethod
     def start(cls, recipe: Recipe) -> Run:
@@ -107,6 +110,9 @@ class Run:
         place, origin = self.runtime, self.last_checkpoint or self.recipe.policy.model.path or "random weights"
         shared = f"CP {place.cp_size} x " if place.cp_size > 1 else ""
         layout = f"TP {place.tp_size} x {shared}PP {place.pp_size} x DP {place.dp_size}"
+        if self.rollout_model.moves:
+            other = self.rollout_model.place
+            layout += f", rollout TP {other.tp_size} x PP {other.pp_size} x DP {other.dp_size}"
         verb = "continuing" if self.step else "starting"
         return f"{verb} from {origin}: {layout}, {self.policy.layers}, {place.device.type}"
 
@@ -138,6 +144,12 @@ class Run:
             yield
             torch.cuda.synchronize()
             self._times[phase] = self._times.get(phase, 0.0) + time.perf_counter() - started
+
+    def refresh_rollout(self) -> None:
+        """Brings the policy's weights to the rollout's layout, where that is another."""
+        if self.rollout_model.moves:
+            with self.timed("reshard"):
+                self.rollout_model.refresh()
 
     def note(self, scored: Scored) -> None:
         """Takes in what the rollout showed, and writes samples when they are due."""
@@ -200,9 +212,11 @@ class Run:
     def _evaluate(self) -> dict[str, float]:
         if not self.questions:
             return {}
+        self.refresh_rollout()
+        place = self.rollout_model.place
         with self.runtime.phase(f"evaluation, step {self.step}"):
-            share = self.questions[self.runtime.dp_rank :: self.runtime.dp_size]
-            return StepMetrics(self.evaluator.run(share)).reduce(self.runtime)
+            share = self.questions[place.dp_rank :: place.dp_size]
+            return StepMetrics(self.evaluator.run(share)).reduce(place)
 
     def _write(self, row: dict[str, float]) -> None:
         if row:

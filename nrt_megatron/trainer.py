@@ -23,6 +23,7 @@ def train(recipe: Recipe) -> bool:
             if recipe.nrt.reward_scheme == "sft":
                 grid = answers_only(prompts, run.marker_ids, run.runtime.device)
             else:
+                run.refresh_rollout()  # the weights, where rollout has a layout of its own
                 with run.timed("rollout"):
                     traces = rollout(run.generator, prompts, recipe, run.step + 1)  # K per prompt, scored in place
                 scored = score(traces, recipe.nrt)  # c_i, b_i -> rewards -> group-relative advantages

@@ -1,4 +1,4 @@
-"""Rollout on the training weights: K traces per prompt, and the answers scored on the traces' own cache.
+"""Rollout on Megatron's own model: K traces per prompt, and the answers scored on the traces' own cache.
 
 The prompt is prefilled once per group and its cache spread over the K traces. When traces end, marker and
 answer are teacher-forced on what their cache already holds, so that c_i cost one short forward and b_i one
@@ -12,14 +12,13 @@ from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch import Tensor
 
 from nrt_megatron.data.batch import pad
 from nrt_megatron.data.traces import EOS, LENGTH, MARKER, Generated, Request
 from nrt_megatron.mcore.kv_cache import KVCache, inference_mode
 from nrt_megatron.mcore.model import PolicyModel
-from nrt_megatron.mcore.runtime import Runtime
+from nrt_megatron.mcore.place import Place
 from nrt_megatron.mcore.sampling import any_kernel, draw, uniforms
 from nrt_megatron.recipe import Generation
 
@@ -30,14 +29,14 @@ COMPACT_SHARE = 0.25
 class MegatronGenerator:
     """Implements `data.traces.Generator` on model chunks of any tensor and pipeline layout."""
 
-    def __init__(self, runtime: Runtime, chunks: list[PolicyModel], cfg: Generation, *, marker_ids: tuple[int, ...],
+    def __init__(self, place: Place, chunks: list[PolicyModel], cfg: Generation, *, marker_ids: tuple[int, ...],
                  stop_ids: tuple[int, ...], vocab_size: int, seed: int):  # fmt: skip
-        self.runtime, self.chunks, self.cfg, self.seed = runtime, chunks, cfg, seed
-        self.marker = torch.tensor(marker_ids, device=runtime.device)
-        self.stop = torch.tensor(sorted(set(stop_ids) - set(marker_ids)), dtype=torch.int64, device=runtime.device)
+        self.place, self.chunks, self.cfg, self.seed = place, chunks, cfg, seed
+        self.marker = torch.tensor(marker_ids, device=place.device)
+        self.stop = torch.tensor(sorted(set(stop_ids) - set(marker_ids)), dtype=torch.int64, device=place.device)
         self.vocab_size = vocab_size
         # With virtual stages a turn visits every stage several times, so turns would not overlap.
-        self.batches_in_flight = runtime.pp_size if len(chunks) == 1 else 1
+        self.batches_in_flight = place.pp_size if len(chunks) == 1 else 1
 
     def generate(self, request: Request) -> Generated:
         """Traces for every prompt of the request, in its order; the same on all ranks of a model replica.
@@ -75,7 +74,7 @@ class _Batch:
 
     def __init__(self, owner: MegatronGenerator, request: Request):
         self.owner, self.request = owner, request
-        device = owner.runtime.device
+        device = owner.place.device
         self.K, self.G = request.num_generations, len(request.prompts)
         self.rows = self.G * self.K
         self.limit, self.M = request.max_new_tokens, len(owner.marker)
@@ -102,7 +101,7 @@ class _Batch:
         self.scored_tokens = empty(self.rows, fill=0, dtype=torch.int64)
         self.scored_baseline_tokens = empty(self.G, fill=0, dtype=torch.int64)
         self.scoring_seconds = 0.0
-        self.draws_here = owner.runtime.rank == owner.runtime.sampling_rank
+        self.draws_here = owner.place.rank == owner.place.sampling_rank
         greedy = owner.cfg.temperature == 0 or request.greedy
         self.uniform = None
         if self.draws_here and not greedy:
@@ -162,9 +161,9 @@ class _Batch:
             if step <= self.limit:
                 # If the trace ends here without the marker, this is the forced marker's first log-prob.
                 self._record(self.marker_log_probs, active, 0, running, drawn.watched)
-        runtime = self.owner.runtime
-        if runtime.tp_size * runtime.pp_size > 1:
-            dist.broadcast(tokens, runtime.sampling_rank, group=parallel_state.get_model_parallel_group())
+        place = self.owner.place
+        if place.tp_size * place.pp_size > 1:
+            dist.broadcast(tokens, place.sampling_rank, group=place.groups.mp)
         return tokens
 
     @staticmethod
@@ -256,11 +255,11 @@ class _Batch:
     def collect(self) -> Generated:
         """Shares the sampling rank's numbers with its replica and shapes everything by group."""
         rows = torch.arange(self.rows, device=self.finish.device)
-        runtime = self.owner.runtime
+        place = self.owner.place
         floats = [self.log_probs, self.entropies, self.marker_log_probs, self.answer_log_probs, self.baseline]
-        if runtime.tp_size * runtime.pp_size > 1:
+        if place.tp_size * place.pp_size > 1:
             flat = torch.cat([f.flatten() for f in floats])
-            dist.broadcast(flat, runtime.sampling_rank, group=parallel_state.get_model_parallel_group())
+            dist.broadcast(flat, place.sampling_rank, group=place.groups.mp)
             floats = [part.view_as(f) for f, part in zip(floats, flat.split([f.numel() for f in floats]))]
         log_probs, entropies, marker, answer, baseline = floats
         by_group = (self.G, self.K, -1)

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.inference.contexts import StaticInferenceContext
+from megatron.core.pipeline_parallel.utils import get_pp_next_rank, get_pp_prev_rank
 from megatron.core.transformer.utils import set_model_to_sequence_parallel
 from torch import Tensor
 
@@ -116,13 +116,13 @@ class KVCache:
         self, tokens: Tensor, positions: Tensor, mask: Tensor | None, labels: ScoredTokens | None, shared_rows: bool
     ) -> Tensor | None:
         n, s = tokens.shape
-        output, stages = None, parallel_state.get_pipeline_model_parallel_group()
+        output, stages = None, self.chunks[0].pg_collection.pp
         for chunk in self.chunks:
             first, last = chunk.pre_process, chunk.post_process
             if not first:
                 received = torch.empty(s, n, chunk.config.hidden_size, dtype=chunk.config.params_dtype,
                                        device=tokens.device)  # fmt: skip
-                dist.recv(received, parallel_state.get_pipeline_model_parallel_prev_rank(), group=stages)
+                dist.recv(received, get_pp_prev_rank(stages), group=stages)
                 chunk.set_input_tensor(received)
             output = chunk(
                 tokens,
@@ -134,7 +134,7 @@ class KVCache:
                 runtime_gather_output=True,
             )
             if not last:
-                dist.send(output.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank(), group=stages)
+                dist.send(output.contiguous(), get_pp_next_rank(stages), group=stages)
                 output = None
         return output if output is None or labels is not None else output[:, -1]
 

@@ -78,7 +78,7 @@ class RowRotaryEmbedding(RotaryEmbedding):
 
 
 def block_spec(
-    config: TransformerConfig, use_te: bool, vp_stage: int | None, scaling: Scaling | None = None
+    config: TransformerConfig, use_te: bool, vp_stage: int | None, pp_rank: int, scaling: Scaling | None = None
 ) -> TransformerBlockSubmodules:
     """The decoder block of this rank's stage: Transformer Engine layers, or Megatron's local ones.
 
@@ -97,9 +97,9 @@ def block_spec(
     layer.submodules.self_attention.submodules.core_attention = SDPACoreAttention
     if not use_te:
         layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = norm
-    layers = [layer] * get_num_layers_to_build(config, vp_stage)
+    layers = [layer] * get_num_layers_to_build(config, vp_stage, pp_rank)
     if scaling is not None:
-        first, rehearsing = get_transformer_layer_offset(config, vp_stage), _rehearsing(layer, scaling)
+        first, rehearsing = get_transformer_layer_offset(config, vp_stage, pp_rank), _rehearsing(layer, scaling)
         layers = [layer if is_first_last_bf16_layer(config, first + i) else rehearsing for i in range(len(layers))]
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=norm)
 

@@ -6,9 +6,15 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core import tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
+from megatron.core.pipeline_parallel.utils import (
+    is_pp_first_stage,
+    is_pp_last_stage,
+    is_vp_first_stage,
+    is_vp_last_stage,
+)
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -49,7 +55,7 @@ class PolicyModel(GPTModel):
                  pg_collection: ProcessGroupCollection, fp8_rehearsal: Scaling | None = None):  # fmt: skip
         super().__init__(
             config=config,
-            transformer_layer_spec=block_spec(config, use_te, vp_stage, fp8_rehearsal),
+            transformer_layer_spec=block_spec(config, use_te, vp_stage, pg_collection.pp.rank(), fp8_rehearsal),
             vocab_size=padded_vocab_size,
             max_sequence_length=shape.max_position_embeddings,
             pre_process=pre_process,
@@ -205,8 +211,14 @@ def transformer_config(shape: ModelShape, cfg: Megatron, **overrides) -> Transfo
     )
 
 
-def build_chunks(shape: ModelShape, cfg: Megatron, **config_overrides) -> list[PolicyModel]:
-    """This rank's model chunks (one, or one per virtual pipeline stage), weights not yet filled."""
+def build_chunks(
+    shape: ModelShape, cfg: Megatron, groups: ProcessGroupCollection | None = None, **config_overrides
+) -> list[PolicyModel]:
+    """This rank's model chunks (one, or one per virtual pipeline stage), weights not yet filled.
+
+    groups: those of the layout in `cfg`; None: training's.
+    """
+    groups = ProcessGroupCollection.use_mpu_process_groups() if groups is None else groups
     config = transformer_config(shape, cfg, **config_overrides)
     virtual = cfg.virtual_pipeline_model_parallel_size
     chunks = []
@@ -218,11 +230,11 @@ def build_chunks(shape: ModelShape, cfg: Megatron, **config_overrides) -> list[P
                 shape,
                 padded_vocab_size=padded_vocab_size(shape.vocab_size, cfg),
                 use_te=use_transformer_engine(cfg),
-                pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
-                post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+                pre_process=is_pp_first_stage(groups.pp) and is_vp_first_stage(vp_stage, virtual),
+                post_process=is_pp_last_stage(groups.pp) and is_vp_last_stage(vp_stage, virtual),
                 vp_stage=vp_stage,
                 logprob_chunk_size=cfg.logprob_chunk_size,
-                pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+                pg_collection=groups,
                 fp8_rehearsal=Scaling.of(cfg),
             )
         )

@@ -41,6 +41,8 @@ class MegatronPolicy:
         self.ddp: list[DistributedDataParallel] = []
         self.skipped_in_a_row = 0
         """Updates since the last one that was applied."""
+        self.version = 0
+        """Changes with the weights: updates of this process that were applied."""
         self.optimizer: GuardedOptimizer
         self.scheduler: OptimizerParamScheduler
 
@@ -80,6 +82,7 @@ class MegatronPolicy:
         self.scheduler.step(1)
         applied, _, _ = self.optimizer.step()
         self.skipped_in_a_row = 0 if applied else self.skipped_in_a_row + 1
+        self.version += applied
         return Update(
             results=results,
             grad_norm=self.optimizer.grad_norm,

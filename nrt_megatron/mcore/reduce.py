@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
-from nrt_megatron.mcore.runtime import Runtime
+from nrt_megatron.mcore.place import Place
 from nrt_megatron.objective.metrics import Metrics, Number
 
 
@@ -32,16 +32,16 @@ class StepMetrics:
         for name, value in (maxima or {}).items():
             self.maxima[name] = max(float(value), float(self.maxima.get(name, -torch.inf)))
 
-    def reduce(self, runtime: Runtime) -> dict[str, float]:
+    def reduce(self, place: Place) -> dict[str, float]:
         """The row of a step. Collective: every rank calls it; to sums one rank of each model replica contributes.
 
         A mean without any count is left out: nothing happened that could be averaged.
         """
-        contributes = runtime.speaks_for_replica
+        contributes = place.speaks_for_replica
         names, phases, peaks = sorted(self.sums), sorted(self.tokens), sorted(self.maxima)
         rows = [self.sums[n] for n in names] + [(self.tokens[p], 0.0) for p in phases]
-        pairs = _table(rows, (0.0, 0.0), contributes).to(runtime.device)  # [names + phases, 2]
-        tops = _table([(self.maxima[n],) for n in peaks], (-torch.inf,), True).to(runtime.device)
+        pairs = _table(rows, (0.0, 0.0), contributes).to(place.device)  # [names + phases, 2]
+        tops = _table([(self.maxima[n],) for n in peaks], (-torch.inf,), True).to(place.device)
         dist.all_reduce(pairs)
         dist.all_reduce(tops, dist.ReduceOp.MAX)
         totals = pairs.tolist()

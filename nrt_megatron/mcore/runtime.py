@@ -17,27 +17,18 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from nrt_megatron.mcore import HAS_GPU
+from nrt_megatron.mcore.place import Place
 from nrt_megatron.recipe import Recipe
 
 
 @dataclass
-class Runtime:
-    """One rank's place in the run."""
+class Runtime(Place):
+    """One rank's place in training, and what it does."""
 
-    rank: int
-    world_size: int
-    device: torch.device
-    tp_rank: int
-    tp_size: int
-    pp_rank: int
-    pp_size: int
-    dp_rank: int
-    dp_size: int
-    cp_rank: int
-    cp_size: int
     timeout_s: float
     current_phase: str = "start"
     """What the rank is doing; named in the message when it fails or hangs."""
@@ -46,21 +37,6 @@ class Runtime:
     def is_main(self) -> bool:
         """The one rank that writes metrics and talks to the user."""
         return self.rank == 0
-
-    @property
-    def is_last_stage(self) -> bool:
-        return self.pp_rank == self.pp_size - 1
-
-    @property
-    def sampling_rank(self) -> int:
-        """Global rank that draws tokens for this rank's tensor and pipeline ranks: tensor rank 0 of the last stage."""
-        last = dist.get_process_group_ranks(parallel_state.get_pipeline_model_parallel_group())[-1]
-        return last - self.tp_rank  # tensor ranks are neighbours in Megatron's order tp-cp-ep-dp-pp
-
-    @property
-    def speaks_for_replica(self) -> bool:
-        """Whether this rank, of all that hold one replica of the model, gives its metrics and batches."""
-        return self.rank == self.sampling_rank and self.cp_rank == 0
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -126,6 +102,7 @@ def initialize(recipe: Recipe) -> Runtime:
         dp_size=parallel_state.get_data_parallel_world_size(),
         cp_rank=parallel_state.get_context_parallel_rank(),
         cp_size=cfg.context_parallel_size,
+        groups=ProcessGroupCollection.use_mpu_process_groups(),
         timeout_s=timeout.total_seconds(),
     )
 

@@ -46,7 +46,8 @@ def _count_stage(shape: ModelShape, cfg: Megatron, stage: int) -> int:
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from nrt_megatron.mcore.model import build_chunks, parallel_state
+    from nrt_megatron.mcore.model import build_chunks
+    from nrt_megatron.mcore.runtime import parallel_state
 
     tp, pp = cfg.tensor_model_parallel_size, cfg.pipeline_model_parallel_size
     dist.init_process_group("fake", store=FakeStore(), rank=stage * tp, world_size=tp * pp)

@@ -7,13 +7,13 @@ from functools import partial
 from nrt_megatron.recipe.errors import ConfigError, check_all
 from nrt_megatron.recipe.layout import (
     check_batches,
-    check_model_shape,
     check_ranks,
     check_sequence_cut,
     check_training_batch,
 )
 from nrt_megatron.recipe.limits import check_values
 from nrt_megatron.recipe.precision import check_precision
+from nrt_megatron.recipe.rollout_layout import check_model_shape, check_rollout_layout
 from nrt_megatron.recipe.schema import Recipe
 
 
@@ -30,6 +30,7 @@ def check(recipe: Recipe) -> None:
         check_precision,
         check_ranks,
         check_sequence_cut,
+        check_rollout_layout,
         _check_inline_shapes,
         _check_objective,
         _check_lengths,

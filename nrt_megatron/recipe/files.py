@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nrt_megatron.recipe.errors import ConfigError, MissingFileError, check_all
-from nrt_megatron.recipe.layout import check_model_shape
+from nrt_megatron.recipe.rollout_layout import check_model_shape
 from nrt_megatron.recipe.schema import Recipe
 
 MADE_BY = {

@@ -58,11 +58,11 @@ def check_ranks(recipe: Recipe) -> None:
         near = sorted({max(world // replica, 1) * replica, (world // replica + 1) * replica})
         sizes = {_TP: tp, _PP: pp, _CP: cfg.context_parallel_size}
         cut = [key for key, size in sizes.items() if size > 1]
-        fitting = _nearest([n for n in _divisors(world) if n < tp], tp) if cut == [_TP] else []
-        lower = f", or lower {_listed(cut)}" if cut != [_TP] else ""
-        other = f", or {_TP} to {_listed(fitting)}" if fitting else lower
+        fitting = nearest([n for n in divisors(world) if n < tp], tp) if cut == [_TP] else []
+        lower = f", or lower {listed(cut)}" if cut != [_TP] else ""
+        other = f", or {_TP} to {listed(fitting)}" if fitting else lower
         key, value = _world_key(recipe) if replica < world else (cut[0], sizes[cut[0]])
-        raise ConfigError.at(key, value, problem, f"set ranks in all to {_listed(near)}{other}")
+        raise ConfigError.at(key, value, problem, f"set ranks in all to {listed(near)}{other}")
 
 
 def check_sequence_cut(recipe: Recipe) -> None:
@@ -74,7 +74,7 @@ def check_sequence_cut(recipe: Recipe) -> None:
     if cp > 1 and length % chunks:
         near = [n for n in (length // chunks * chunks, (length // chunks + 1) * chunks) if n]
         problem = f"not a multiple of {chunks} = 2 x CP {cp}{f' x TP {tp} with sequence_parallel' if tp > 1 else ''}"
-        remedy = f"set {_listed(near)}, or another {_CP}"
+        remedy = f"set {listed(near)}, or another {_CP}"
         raise ConfigError.at("policy.max_total_sequence_length", length, problem, remedy)
 
 
@@ -95,7 +95,7 @@ def check_batches(recipe: Recipe) -> None:
     if prompts % dp:
         problem = f"cannot be dealt evenly to {dp} data-parallel ranks"
         near = [n for n in (prompts // dp * dp, (prompts // dp + 1) * dp) if n]
-        raise ConfigError.at("nrt.num_prompts_per_step", prompts, problem, f"set a multiple of {dp}: {_listed(near)}")
+        raise ConfigError.at("nrt.num_prompts_per_step", prompts, problem, f"set a multiple of {dp}: {listed(near)}")
     if total % batch or batch % (k * dp):
         whole = f"{prompts} prompts x {k} traces = {total} sequences a step" if k > 1 else f"{total} prompts a step"
         problem = (
@@ -103,9 +103,9 @@ def check_batches(recipe: Recipe) -> None:
             if total % batch
             else f"{dp} data-parallel ranks must each get whole groups of K = {k}"
         )
-        valid = [k * dp * n for n in _divisors(prompts // dp) if k * n % micro == 0]
-        valid = valid or [k * dp * n for n in _divisors(prompts // dp)]
-        remedy = f"set {_listed(_nearest(valid, batch))}"
+        valid = [k * dp * n for n in divisors(prompts // dp) if k * n % micro == 0]
+        valid = valid or [k * dp * n for n in divisors(prompts // dp)]
+        remedy = f"set {listed(nearest(valid, batch))}"
         raise ConfigError.at("policy.train_global_batch_size", batch, problem, remedy)
     check_training_batch(recipe)
 
@@ -117,28 +117,28 @@ def check_training_batch(recipe: Recipe) -> None:
     if batch % dp:
         near = [n for n in (batch // dp * dp, (batch // dp + 1) * dp) if n]
         problem = f"cannot be dealt evenly to {dp} data-parallel ranks"
-        raise ConfigError.at("policy.train_global_batch_size", batch, problem, f"set {_listed(near)}")
+        raise ConfigError.at("policy.train_global_batch_size", batch, problem, f"set {listed(near)}")
     if batch // dp % micro:
         problem = f"does not divide the {batch // dp} sequences of an update on one of {dp} data-parallel ranks"
-        valid = _nearest(_divisors(batch // dp), micro)
-        raise ConfigError.at("policy.train_micro_batch_size", micro, problem, f"set {_listed(valid)}")
+        valid = nearest(divisors(batch // dp), micro)
+        raise ConfigError.at("policy.train_micro_batch_size", micro, problem, f"set {listed(valid)}")
     cfg = recipe.policy.megatron_cfg
     pp, vpp = cfg.pipeline_model_parallel_size, cfg.virtual_pipeline_model_parallel_size
     if vpp and batch // dp // micro % pp:  # Megatron's interleaved schedule takes them in groups of PP
         problem = f"makes {batch // dp // micro} micro-batches an update, not a multiple of the {pp} pipeline stages"
-        valid = [n for n in _divisors(batch // dp) if batch // dp // n % pp == 0]
+        valid = [n for n in divisors(batch // dp) if batch // dp // n % pp == 0]
         one_chunk = f"{_VPP} to null"
-        remedy = f"set {_listed(_nearest(valid, micro))}, or {one_chunk}" if valid else f"set {one_chunk}"
+        remedy = f"set {listed(nearest(valid, micro))}, or {one_chunk}" if valid else f"set {one_chunk}"
         raise ConfigError.at("policy.train_micro_batch_size", micro, problem, remedy)
     traces = num_traces_per_prompt(recipe)
     if recipe.policy.sequence_packing.enabled and micro % traces:
         problem = f"cuts a packed prompt with its {traces} traces"
-        valid = [n * traces for n in _divisors(batch // dp // traces)]
-        remedy = f"set {_listed(_nearest(valid, micro))}, or policy.sequence_packing.enabled=false"
+        valid = [n * traces for n in divisors(batch // dp // traces)]
+        remedy = f"set {listed(nearest(valid, micro))}, or policy.sequence_packing.enabled=false"
         raise ConfigError.at("policy.train_micro_batch_size", micro, problem, remedy)
 
 
-def check_model_shape(recipe: Recipe, config: Mapping[str, Any], source: str) -> None:
+def check_training_shape(recipe: Recipe, config: Mapping[str, Any], source: str) -> None:
     """Whether a Hugging Face `config.json` can be cut as the recipe says. Raises ConfigError.
 
     Sizes that the config does not give, or gives in a form that is no positive integer, are left to the
@@ -147,17 +147,17 @@ def check_model_shape(recipe: Recipe, config: Mapping[str, Any], source: str) ->
     cfg = recipe.policy.megatron_cfg
     tp = cfg.tensor_model_parallel_size
     cut = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
-    sizes = {key: config[key] for key in cut if _is_size(config.get(key))}
+    sizes = {key: config[key] for key in cut if is_size(config.get(key))}
     for key, size in sizes.items():
         if size % tp:
-            valid = [n for n in _divisors(size) if all(other % n == 0 for other in sizes.values())]
-            remedy = f"set {_listed(_nearest(valid, tp))}"
+            valid = [n for n in divisors(size) if all(other % n == 0 for other in sizes.values())]
+            remedy = f"set {listed(nearest(valid, tp))}"
             raise ConfigError.at(_TP, tp, f"does not divide {key} = {size} of {source}", remedy)
-    if _is_size(config.get("num_hidden_layers")):
+    if is_size(config.get("num_hidden_layers")):
         _check_stages(recipe, config["num_hidden_layers"], source)
     check_precision_shape(recipe, config, source)
     positions, limit = config.get("max_position_embeddings"), recipe.policy.max_total_sequence_length
-    if _is_size(positions) and limit > positions:
+    if is_size(positions) and limit > positions:
         problem = f"beyond max_position_embeddings = {positions} of {source}"
         trace = "policy.generation.max_new_tokens"
         beside = f", and {trace} below that" if recipe.policy.generation.max_new_tokens >= positions else ""
@@ -171,28 +171,28 @@ def _check_stages(recipe: Recipe, num_layers: int, source: str) -> None:
     layers, pp, vpp = num_layers + extra, cfg.pipeline_model_parallel_size, cfg.virtual_pipeline_model_parallel_size
     counted = f"num_hidden_layers = {num_layers}{f' + {extra}' if extra else ''} of {source}"
     if layers % pp:
-        remedy = f"set {_listed(_nearest(_divisors(layers), pp))}"
+        remedy = f"set {listed(nearest(divisors(layers), pp))}"
         raise ConfigError.at(_PP, pp, f"does not divide {counted}", remedy)
     if layers % (pp * (vpp or 1)):
-        valid = [n for n in _divisors(layers // pp) if n > 1]
+        valid = [n for n in divisors(layers // pp) if n > 1]
         problem = f"{pp} stages x {vpp} chunks do not divide {counted}"
-        raise ConfigError.at(_VPP, vpp, problem, f"set {_listed([*_nearest(valid, vpp or 2), 'null'])}")
+        raise ConfigError.at(_VPP, vpp, problem, f"set {listed([*nearest(valid, vpp or 2), 'null'])}")
 
 
-def _is_size(value: Any) -> bool:
+def is_size(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _divisors(number: int) -> list[int]:
+def divisors(number: int) -> list[int]:
     low = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
     return sorted({*low, *(number // n for n in low)})
 
 
-def _nearest(values: list[int], to: int, count: int = 4) -> list[int]:
+def nearest(values: list[int], to: int, count: int = 4) -> list[int]:
     return sorted(sorted(values, key=lambda value: abs(value - to))[:count])
 
 
-def _listed(values: list[Any]) -> str:
+def listed(values: list[Any]) -> str:
     """`4`, `2 or 4`, `1, 2 or 4`"""
     *head, last = [str(value) for value in values]
     return f"{', '.join(head)} or {last}" if head else last

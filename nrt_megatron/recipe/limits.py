@@ -79,6 +79,8 @@ RANGES: dict[str, Range] = {
     "policy.generation.top_k": COUNT,
     "policy.generation.max_batch_size": POSITIVE,
     "policy.generation.max_tokens_per_forward": POSITIVE,
+    "policy.generation.tensor_model_parallel_size": POSITIVE,
+    "policy.generation.pipeline_model_parallel_size": POSITIVE,
     "policy.optimizer.lr": ABOVE_ZERO,
     "policy.optimizer.min_lr": NOT_NEGATIVE,
     "policy.optimizer.weight_decay": NOT_NEGATIVE,

@@ -135,6 +135,11 @@ class Generation:
     fp8: str = "same"
     """With `policy.megatron_cfg.fp8`: linear layers of rollout and scoring run in it as in training (`same`), or in the
     dtype of the other layers (`none`)."""
+    tensor_model_parallel_size: Optional[int] = None
+    """Ranks that share each layer in rollout and evaluation; null: as in training. Where this or the next differs from
+    training, every rank holds its part of the weights once more, and they are moved before each rollout."""
+    pipeline_model_parallel_size: Optional[int] = None
+    """Stages of consecutive layers in rollout and evaluation; null: as in training."""
 
 
 @dataclass(frozen=True)
