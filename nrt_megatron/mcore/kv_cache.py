@@ -8,7 +8,6 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 from megatron.core.inference.contexts import StaticInferenceContext
-from megatron.core.pipeline_parallel.utils import get_pp_next_rank, get_pp_prev_rank
 from megatron.core.transformer.utils import set_model_to_sequence_parallel
 from torch import Tensor
 
@@ -117,12 +116,14 @@ class KVCache:
     ) -> Tensor | None:
         n, s = tokens.shape
         output, stages = None, self.chunks[0].pg_collection.pp
+        # Around the ring: with virtual stages the last rank's first chunk is followed by the first rank's second.
+        before, behind = (stages.rank() - 1) % stages.size(), (stages.rank() + 1) % stages.size()
         for chunk in self.chunks:
             first, last = chunk.pre_process, chunk.post_process
             if not first:
                 received = torch.empty(s, n, chunk.config.hidden_size, dtype=chunk.config.params_dtype,
                                        device=tokens.device)  # fmt: skip
-                dist.recv(received, get_pp_prev_rank(stages), group=stages)
+                dist.recv(received, group=stages, group_src=before)
                 chunk.set_input_tensor(received)
             output = chunk(
                 tokens,
@@ -134,7 +135,7 @@ class KVCache:
                 runtime_gather_output=True,
             )
             if not last:
-                dist.send(output.contiguous(), get_pp_next_rank(stages), group=stages)
+                dist.send(output.contiguous(), group=stages, group_dst=behind)
                 output = None
         return output if output is None or labels is not None else output[:, -1]
 
