@@ -3,8 +3,9 @@
 
     tools/soak.py [--steps 2000] [--recipe FILE] [KEY=VALUE ...]
 
-The run is `nrt train` with ranks of its own. From outside every rank is looked at once a second; a line is fitted to
-its resident memory over the steps after the first tenth, in which allocators and caches fill up.
+The run is `nrt train` with ranks of its own. From outside every rank is looked at once a second: its private resident
+memory, which rises and falls within a step and with the length of traces. A leak lifts the least of many looks, so a
+line is fitted to the least of every fiftieth part of the steps, after the first tenth, in which allocators fill up.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ ROOT = Path(__file__).parents[1]
 EVERY_S = 1.0
 WARM_UP = 0.1
 """Share of the steps before the line begins."""
-MIN_LOOKS = 10
+PARTS = 50
+MIN_LOOKS = 4 * PARTS
 MAX_GROWTH = 0.02
 """Resident memory may grow by this share over all steps after the warm-up; a leak of a trace a step is far above."""
 
@@ -39,7 +41,7 @@ class Sample:
     step: int
     """Steps done by then."""
     resident: float
-    """MiB"""
+    """MiB, without what other processes share: files and libraries"""
     handles: int
     threads: int
 
@@ -61,7 +63,8 @@ def look(process: psutil.Process, step: int) -> Sample | None:
     """None when the rank has just ended."""
     try:
         with process.oneshot():
-            resident = process.memory_info().rss / 2**20
+            memory = process.memory_info()
+            resident = (memory.rss - memory.shared) / 2**20
             return Sample(step, resident, process.num_fds(), process.num_threads())
     except psutil.Error:
         return None
@@ -101,9 +104,16 @@ def verdict(rank: int, samples: list[Sample], steps: int) -> tuple[str, bool]:
     """One line about a rank, and whether it stayed flat."""
     kept = [s for s in samples if WARM_UP * steps <= s.step < steps]  # after the last step a rank takes itself apart
     if len(kept) < MIN_LOOKS:
-        sys.exit(f"soak: rank {rank} was looked at {len(kept)} times after the warm-up, too few for a line; set more --steps")
-    slope, start = statistics.linear_regression([s.step for s in kept], [s.resident for s in kept])
-    growth = slope * (kept[-1].step - kept[0].step) / (start + slope * kept[0].step)
+        sys.exit(
+            f"soak: rank {rank} was looked at {len(kept)} times after the warm-up, too few for a line; set more --steps"
+        )
+    parts: dict[int, Sample] = {}
+    for sample in kept:
+        part = sample.step * PARTS // steps
+        parts[part] = min(parts.get(part, sample), sample, key=lambda s: s.resident)
+    least = list(parts.values())
+    slope, start = statistics.linear_regression([s.step for s in least], [s.resident for s in least])
+    growth = slope * (least[-1].step - least[0].step) / (start + slope * least[0].step)
     handles, threads = ({getattr(s, what) for s in kept} for what in ("handles", "threads"))
     # A checkpoint that is being written holds some for a moment: what counts is whether the usual number rises.
     half = len(kept) // 2
@@ -113,8 +123,8 @@ def verdict(rank: int, samples: list[Sample], steps: int) -> tuple[str, bool]:
         for what in ("handles", "threads")
     )
     line = (
-        f"rank {rank}: resident {kept[0].resident:.0f} MiB at step {kept[0].step}, {kept[-1].resident:.0f} MiB at step "
-        f"{kept[-1].step}, slope {1000 * slope:+.2f} MiB per 1,000 steps ({growth:+.2%}); file handles "
+        f"rank {rank}: {least[0].resident:.0f} MiB near step {least[0].step}, {least[-1].resident:.0f} MiB near step "
+        f"{least[-1].step}, slope {1000 * slope:+.2f} MiB per 1,000 steps ({growth:+.2%} in all); file handles "
         f"{min(handles)} to {max(handles)}, threads {min(threads)} to {max(threads)}"
     )
     return line, growth <= MAX_GROWTH and not rises
