@@ -48,6 +48,8 @@ def _changes(request: Request) -> Iterator[Change]:
     policy, traces = request.recipe.policy, num_traces_per_prompt(request.recipe)
     cfg = policy.megatron_cfg
     yield {f"{_CFG}use_distributed_optimizer": True}
+    if request.moves:
+        yield {f"policy.generation.{kind}_model_parallel_size": None for kind in ("tensor", "pipeline")}
     if cfg.tensor_model_parallel_size > 1:
         yield {f"{_CFG}sequence_parallel": True}
     if request.samples:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from nrt_megatron.convert.config import ModelShape
 from nrt_megatron.plan import efficiency
 from nrt_megatron.plan.costs import Costs, Pass
 from nrt_megatron.plan.gpus import Hardware
-from nrt_megatron.plan.layout import Layout
+from nrt_megatron.plan.layout import Layout, Stage
 from nrt_megatron.plan.memory import GIB, StageMemory, stage_memory
 from nrt_megatron.plan.parameters import stage_parameters
+from nrt_megatron.plan.reshard import Move, move, rollout_costs
 from nrt_megatron.plan.result import Phase, Plan, StagePlan
 from nrt_megatron.plan.rollout import MARKER, Lengths, RolloutBatch, rollout_work
 from nrt_megatron.plan.traffic import update_traffic
 from nrt_megatron.plan.training import forward_time, update_time
-from nrt_megatron.recipe import Recipe, num_traces_per_prompt, num_updates_per_step
+from nrt_megatron.recipe import Recipe, has_rollout_layout, num_traces_per_prompt, num_updates_per_step
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,11 @@ class Request:
     def samples(self) -> bool:
         return self.lengths is not None and self.recipe.nrt.reward_scheme != "sft"
 
+    @property
+    def moves(self) -> bool:
+        """Whether rollout has weights of its own."""
+        return self.lengths is not None and has_rollout_layout(self.recipe.policy)
+
 
 def estimate(request: Request) -> Plan:
     """The plan of a recipe that has been checked."""
@@ -47,24 +53,20 @@ def estimate(request: Request) -> Plan:
     tokens = every * micro_batch.sequences * micro_batch.tokens
     flops = every * 3 * costs.model_flops(micro_batch)
     update = Phase.of(num_updates * one.seconds, tokens, flops, layout.gpus)
-    rollout, scoring = Phase(), Phase()
+    rollout, scoring, moved = Phase(), Phase(), Move()
+    drawing = rollout_costs(recipe, costs) if request.moves else None
     if request.samples:
         rollout, scoring = _rollout(request, costs, micro_batch, num_updates * num_micro_batches)
+        moved = move(costs, drawing) if drawing else moved
     stages = _stages(request, costs, num_micro_batches)
     usable = request.hardware.memory_gib - efficiency.RESERVED_GIB
-    seconds = rollout.seconds + scoring.seconds + update.seconds
+    seconds = rollout.seconds + scoring.seconds + update.seconds + moved.seconds
     return Plan(
         recipe=request.name,
         hardware=request.hardware.name,
         memory_gib=usable,
         gpus=layout.gpus,
-        layout={
-            "tensor": layout.tp,
-            "context": layout.cp,
-            "data": layout.dp,
-            "pipeline": layout.pp,
-            "chunks": layout.chunks,
-        },
+        layout=layout.sizes,
         training_only=request.lengths is None,
         tokens_per_sequence=_tokens(request),
         stages=stages,
@@ -79,6 +81,10 @@ def estimate(request: Request) -> Plan:
         step_seconds=seconds,
         num_steps=recipe.nrt.max_num_steps,
         run_gpu_hours=seconds * recipe.nrt.max_num_steps * layout.gpus / 3600,
+        rollout_layout=drawing.layout.sizes if drawing else None,
+        rollout_parameters=[_parameters(drawing, stage) for stage in drawing.layout.stages] if drawing else [],
+        reshard_gib=moved.received / GIB,
+        reshard_seconds=moved.seconds,
     )
 
 
@@ -106,7 +112,7 @@ def _rollout(request: Request, costs: Costs, micro_batch: Pass, num_micro_batche
     """Sampling; and scoring, with the trainer's own log-probs of all sequences where the recipe weighs by them."""
     assert request.lengths is not None
     prompts = request.recipe.nrt.num_prompts_per_step
-    drawing = replace(costs, layout=costs.layout.of_rollout())
+    drawing = rollout_costs(request.recipe, costs)
     batch = RolloutBatch.of(request.recipe, math.ceil(prompts / drawing.layout.dp), request.lengths)
     work = rollout_work(drawing, batch, prompts / drawing.layout.dp)
     sampled = prompts * batch.traces * request.lengths.trace
@@ -125,16 +131,20 @@ def _stages(request: Request, costs: Costs, num_micro_batches: int) -> list[Stag
     """Memory of every stage, for the longest sequences that the recipe admits."""
     recipe, layout = request.recipe, costs.layout
     longest = Pass(recipe.policy.train_micro_batch_size, recipe.policy.max_total_sequence_length)
-    batch = None
+    drawing, batch = rollout_costs(recipe, costs), None
     if request.samples:
-        of_rank = math.ceil(recipe.nrt.num_prompts_per_step / layout.of_rollout().dp)
+        of_rank = math.ceil(recipe.nrt.num_prompts_per_step / drawing.layout.dp)
         batch = RolloutBatch.of(recipe, of_rank, Lengths.limits(recipe))
+    own = drawing if request.moves else None
     plans = []
     for stage in layout.stages:
-        memory = stage_memory(costs, stage, longest, num_micro_batches, batch)
-        parameters = stage_parameters(costs.shape, costs.cfg, layout, stage)
-        plans.append(_stage_plan(stage.layers, parameters, memory))
+        memory = stage_memory(costs, stage, longest, num_micro_batches, batch, own)
+        plans.append(_stage_plan(stage.layers, _parameters(costs, stage), memory))
     return plans
+
+
+def _parameters(costs: Costs, stage: Stage) -> int:
+    return stage_parameters(costs.shape, costs.cfg, costs.layout, stage)
 
 
 def _stage_plan(layers: int, parameters: int, memory: StageMemory) -> StagePlan:
@@ -148,4 +158,5 @@ def _stage_plan(layers: int, parameters: int, memory: StageMemory) -> StagePlan:
         kv_cache_gib=memory.kv_cache / GIB,
         workspace_gib=memory.workspace / GIB,
         total_gib=memory.total / GIB,
+        rollout_weights_gib=memory.rollout_weights / GIB,
     )

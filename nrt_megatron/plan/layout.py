@@ -58,6 +58,11 @@ class Layout:
         return len(self.stages)
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """Of each kind of parallelism, by name."""
+        return {"tensor": self.tp, "context": self.cp, "data": self.dp, "pipeline": self.pp, "chunks": self.chunks}
+
+    @property
     def shards(self) -> int:
         """Ranks that share the gradients and the sharded optimizer state of a parameter."""
         return self.dp * self.cp

@@ -1,8 +1,9 @@
 """Bytes on one rank of each stage, at the moment of a step when they are most.
 
-Weights, gradients and optimizer state stay all the time. Activations belong to the update, the KV cache to the
-rollout, and each of the two phases has a workspace of its own: they are not there at once, so the peak is what stays
-plus the larger phase. Lengths are the limits of the recipe, not averages.
+Weights, gradients and optimizer state stay all the time, and so do the weights of a rollout with a layout of its own.
+Activations belong to the update, the KV cache to the rollout, and each of the two phases has a workspace of its own:
+they are not there at once, so the peak is what stays plus the larger phase. Lengths are the limits of the recipe, not
+averages.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from nrt_megatron.plan.costs import Costs, Pass
 from nrt_megatron.plan.layout import Stage
 from nrt_megatron.plan.parameters import layer_matrix, stage_parameters, vocab_matrix
+from nrt_megatron.plan.reshard import arriving, rollout_stages, rollout_weights
 from nrt_megatron.plan.rollout import RolloutBatch
 from nrt_megatron.plan.training import recomputed_layers
 
@@ -29,6 +31,8 @@ class StageMemory:
     kv_cache: float
     update_workspace: float
     rollout_workspace: float
+    rollout_weights: float = 0.0
+    arriving: float = 0.0
 
     @property
     def update(self) -> float:
@@ -45,14 +49,25 @@ class StageMemory:
 
     @property
     def total(self) -> float:
-        return self.weights + self.gradients + self.optimizer + max(self.update, self.rollout)
+        staying = self.weights + self.gradients + self.optimizer + self.rollout_weights
+        return staying + max(self.update, self.rollout, self.arriving)
 
 
 def stage_memory(
-    costs: Costs, stage: Stage, micro_batch: Pass, num_micro_batches: int, batch: RolloutBatch | None
+    costs: Costs,
+    stage: Stage,
+    micro_batch: Pass,
+    num_micro_batches: int,
+    batch: RolloutBatch | None,
+    drawing: Costs | None = None,
 ) -> StageMemory:
-    """Peak of one rank of the stage. `batch`: the largest that is decoded together; None without a rollout."""
-    cfg, layout = costs.cfg, costs.layout
+    """Peak of one rank of the stage. `batch`: the largest that is decoded together; None without a rollout.
+
+    drawing: costs at the rollout's layout where it has one of its own.
+    """
+    cfg, layout, at = costs.cfg, costs.layout, drawing or costs
+    in_fp8 = batch is not None and batch.fp8
+    here = (stage,) if drawing is None else rollout_stages(layout, drawing.layout, stage)
     parameters = stage_parameters(costs.shape, cfg, layout, stage)
     optimizer = (12 if cfg.bf16 else 8) * parameters
     return StageMemory(
@@ -60,9 +75,11 @@ def stage_memory(
         gradients=4.0 * parameters,
         optimizer=optimizer / layout.shards if cfg.use_distributed_optimizer else optimizer,
         activations=_activations(costs, stage, micro_batch, num_micro_batches),
-        kv_cache=0.0 if batch is None else batch.cache_bytes(costs, stage),
+        kv_cache=0.0 if batch is None else max(batch.cache_bytes(at, held) for held in here),
         update_workspace=_update_workspace(costs, stage, micro_batch),
-        rollout_workspace=0.0 if batch is None else batch.workspace_bytes(costs, stage),
+        rollout_workspace=0.0 if batch is None else max(batch.workspace_bytes(at, held) for held in here),
+        rollout_weights=0.0 if drawing is None else max(rollout_weights(at, held, in_fp8) for held in here),
+        arriving=0.0 if drawing is None else max(arriving(costs, at, held) for held in here),
     )
 
 

@@ -13,7 +13,15 @@ from nrt_megatron.plan.estimate import Request, estimate
 from nrt_megatron.plan.gpus import Hardware
 from nrt_megatron.plan.result import Plan
 from nrt_megatron.plan.rollout import MARKER, Lengths
-from nrt_megatron.recipe import ConfigError, Recipe, check, check_model_shape, check_training
+from nrt_megatron.recipe import (
+    ConfigError,
+    Megatron,
+    Recipe,
+    check,
+    check_model_shape,
+    check_training,
+    rollout_megatron,
+)
 from nrt_megatron.recipe.files import hint
 
 PROMPT_TOKENS = 300.0
@@ -51,10 +59,15 @@ def plan(
     request = Request(recipe, shape, hardware, lengths, name)
     planned = estimate(request)
     if build:
-        counted = [stage.parameters for stage in planned.stages]
-        built = built_parameters(shape, recipe.policy.megatron_cfg)
-        assert counted == built, f"arithmetic says {counted} parameters a stage, the built ranks have {built}"
+        _prove([stage.parameters for stage in planned.stages], shape, recipe.policy.megatron_cfg)
+        if planned.rollout_parameters:
+            _prove(planned.rollout_parameters, shape, rollout_megatron(recipe.policy))
     return planned if planned.fits else dataclasses.replace(planned, first_change=first_change(request))
+
+
+def _prove(counted: list[int], shape: ModelShape, cfg: Megatron) -> None:
+    built = built_parameters(shape, cfg)
+    assert counted == built, f"arithmetic says {counted} parameters a stage, the built ranks have {built}"
 
 
 def _with_marker(recipe: Recipe, shape: ModelShape) -> ModelShape:

@@ -17,7 +17,7 @@ def show(plan: Plan, console: Console | None = None) -> None:
     console = console or Console()
     if not console.is_terminal:
         console.width = _WIDTH
-    console.print(f"[bold]{plan.recipe}[/] on {plan.gpus} x {plan.hardware}: {_layout(plan)}", highlight=False)
+    console.print(f"[bold]{plan.recipe}[/] on {plan.gpus} x {plan.hardware}: {_layout(plan.layout)}", highlight=False)
     console.print(_memory(plan))
     console.print(_verdict(plan), highlight=False, soft_wrap=True)
     console.print(_phases(plan))
@@ -25,9 +25,9 @@ def show(plan: Plan, console: Console | None = None) -> None:
         console.print(line, highlight=False, soft_wrap=True)
 
 
-def _layout(plan: Plan) -> str:
+def _layout(sizes: dict[str, int]) -> str:
     names = {"tensor": "TP", "context": "CP", "pipeline": "PP", "chunks": "VPP", "data": "DP"}
-    return " x ".join(f"{names[key]} {size}" for key, size in plan.layout.items() if size > 1) or "one rank"
+    return " x ".join(f"{names[key]} {size}" for key, size in sizes.items() if size > 1) or "one rank"
 
 
 def _memory(plan: Plan) -> Table:
@@ -68,12 +68,24 @@ def _short(value: float, spec: str) -> str:
     return f"{value:,{spec}}" if value >= 1 or not value else f"{value:.2g}"
 
 
+def _rollout(plan: Plan) -> list[str]:
+    if plan.rollout_layout is None:
+        return []
+    weights = max(stage.rollout_weights_gib for stage in plan.stages)
+    seconds = _short(plan.reshard_seconds, ".1f")
+    return [
+        f"rollout at {_layout(plan.rollout_layout)}: {weights:.1f} GiB of weights of its own, part of the total;"
+        f" before it a GPU receives {plan.reshard_gib:.1f} GiB of them, {seconds} s with their check"
+    ]
+
+
 def _details(plan: Plan) -> list[str]:
     causes = ", ".join(f"{name.replace('_', ' ')} {s:.2f}" for name, s in plan.update_seconds.items() if s >= 0.005)
     causes = causes or f"{sum(plan.update_seconds.values()):.1g} in all"
     sent = ", ".join(f"{kind} {gib:,.1f}" for kind, gib in plan.traffic_gib.items() if gib)
     tokens = ", ".join(f"{name} {count:,.0f}" for name, count in plan.tokens_per_sequence.items())
     return [
+        *_rollout(plan),
         f"step {_short(plan.step_seconds, '.1f')} s; {plan.num_steps} steps"
         f" {_short(plan.run_gpu_hours, '.0f')} GPU-hours, {_short(plan.run_gpu_hours / plan.gpus, '.1f')} hours",
         f"one update, seconds: {causes}; pipeline bubble {plan.pipeline_bubble:.1%}",

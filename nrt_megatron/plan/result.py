@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
@@ -23,6 +23,8 @@ class StagePlan:
     """Of the phase that takes more: log-probs, prefill, drawing, a layer's gradients."""
     total_gib: float
     """Peak of a step: weights, gradients, optimizer and the phase that takes more."""
+    rollout_weights_gib: float = 0.0
+    """Of a rollout with a layout of its own, which stay as well."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,14 @@ class Plan:
     step_seconds: float
     num_steps: int
     run_gpu_hours: float
+    rollout_layout: dict[str, int] | None = None
+    """Where the rollout has a layout of its own."""
+    rollout_parameters: list[int] = field(default_factory=list)
+    """On one rank of each of its stages."""
+    reshard_gib: float = 0.0
+    """What one GPU receives, and sends, of the weights before a rollout with a layout of its own."""
+    reshard_seconds: float = 0.0
+    """Part of `step_seconds`: that move, and the check of what arrived."""
     first_change: str | None = None
     """What to try first where it does not fit."""
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from nrt_megatron.plan.costs import Costs, Pass
 from nrt_megatron.plan.layout import Stage
 from nrt_megatron.plan.parameters import vocab_matrix
-from nrt_megatron.recipe import Recipe, num_traces_per_prompt
+from nrt_megatron.recipe import Recipe, num_traces_per_prompt, rollout_megatron
 
 MARKER = 1
 """Tokens of the end-of-trace marker."""
@@ -73,7 +73,7 @@ class RolloutBatch:
     def of(cls, recipe: Recipe, prompts_of_rank: int, lengths: Lengths) -> RolloutBatch:
         traces = num_traces_per_prompt(recipe)
         prompts = min(max(1, recipe.policy.generation.max_batch_size // traces), prompts_of_rank)
-        megatron = recipe.policy.megatron_cfg
+        megatron = rollout_megatron(recipe.policy)
         turns = megatron.pipeline_model_parallel_size if megatron.virtual_pipeline_model_parallel_size is None else 1
         stages, batches = (
             turns,
