@@ -14,7 +14,7 @@ from nrt_megatron.checkpoints import step_dir
 from nrt_megatron.mcore import checkpoint, runtime
 from nrt_megatron.mcore.policy import MegatronPolicy
 from nrt_megatron.preflight import load_inputs
-from nrt_megatron.recipe import Checkpointing, Recipe
+from nrt_megatron.recipe import Checkpointing, Recipe, to_yaml
 from tests.distributed import run_ranks
 from tests.run import tiny
 from tests.run.tiny import CP, DISTOPT, PP, SP, TP, VPP
@@ -88,7 +88,7 @@ def reload(settings: Recipe, sources: Mapping[str, Path], target: Path) -> None:
             target / name,
             policy,
             replace(meta, world_size=place.world_size),
-            lambda directory: None,
+            lambda directory: (directory / "recipe.yaml").write_text(to_yaml(settings)),
             Checkpointing(),
         )
 
