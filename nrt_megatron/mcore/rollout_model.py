@@ -75,7 +75,7 @@ class MovedWeights:
             )
             for piece in range(1 + self._layers_at_once)
         ]
-        self._copies = NCCLCopyService() if HAS_GPU else GlooCopyService()
+        self._copies = OrderedCopies() if HAS_GPU else GlooCopyService()
 
     def refresh(self) -> None:
         """Moves the policy's weights here if they have changed since the last time, and checks them. Collective."""
@@ -138,6 +138,18 @@ class MovedWeights:
         for chunk in chunks:
             for name, value in global_parameters(chunk):
                 yield table[name], value
+
+
+class OrderedCopies(NCCLCopyService):
+    """Megatron's copies over NCCL, where what a rank copies to itself waits for what was queued before.
+
+    Megatron does that on a stream of its own (0.16.1), which would read slices that are not written yet, and write into
+    memory that the piece before is still read from.
+    """
+
+    def run(self) -> None:
+        self._copy_stream.wait_stream(torch.cuda.current_stream())
+        super().run()
 
 
 class _Part(torch.nn.Module):

@@ -11,7 +11,7 @@ from nrt_megatron.convert.config import ModelShape
 from nrt_megatron.data.traces import Request
 from nrt_megatron.mcore.generate import MegatronGenerator
 from nrt_megatron.mcore.hf import global_parameters
-from nrt_megatron.mcore.rollout_model import MovedWeights, rollout_model
+from nrt_megatron.mcore.rollout_model import MovedWeights, OrderedCopies, rollout_model
 from nrt_megatron.mcore.runtime import parallel_state
 from nrt_megatron.recipe import Generation
 from nrt_megatron.update import update
@@ -36,7 +36,10 @@ CASES = {
     "pp2 in chunks, dp2 -> tp2": ("llama", {PP: 2, VPP: 2, **OVERLAP}, {TP: 2, PP: 1}),
     "cp2 pp2 -> tp2": ("llama", {PP: 2, CP: 2}, {TP: 2, PP: 1}),
     "dp4 -> pp2, with a copy of a tied embedding": ("llama", {}, {PP: 2}),
+    "pp2 dp2 -> dp4, fp8 rehearsed": ("llama in fp8", {PP: 2}, {PP: 1}),
 }
+PRECISION = {"llama in fp8": dict(fp8="e4m3", fp8_recipe="blockwise", fp8_emulation=True)}
+"""Scales by blocks of a token: those of a whole tensor depend on what else is in the batch, and so on who draws it."""
 PROMPTS = [(1, 5, 6, 9), (11, 12), (3, 4, 5, 6, 7, 8), (9, 9, 2)]
 ANSWERS = [(20, 21, 2), (30, 2), (40, 41, 42, 43, 2), (5, 6)]
 STOP, LIMIT, K, SEED = (2, 3), 8, 4, 5
@@ -78,7 +81,7 @@ def one_case(directory, training: dict, rollout: dict) -> dict:
 def all_cases(directories):
     done = {}
     for name, (kind, training, rollout) in CASES.items():
-        done[name] = one_case(directories[kind], training, rollout)
+        done[name] = one_case(directories[kind], {**training, **PRECISION.get(kind, {})}, rollout)
         parallel_state.destroy_model_parallel()
     return done
 
@@ -86,14 +89,14 @@ def all_cases(directories):
 def alone(directories):
     done = {}
     for kind, directory in directories.items():
-        done[kind] = one_case(directory, {}, {})
+        done[kind] = one_case(directory, PRECISION.get(kind, {}), {})
         parallel_state.destroy_model_parallel()
     return done
 
 
 @pytest.fixture(scope="module")
 def directories(tmp_path_factory):
-    configs = {"llama": tiny.LLAMA, "mistral": tiny.MISTRAL}
+    configs = {"llama": tiny.LLAMA, "mistral": tiny.MISTRAL, "llama in fp8": tiny.LLAMA}
     return {kind: tiny.save_hf(config, tmp_path_factory.mktemp(kind)) for kind, config in configs.items()}
 
 
@@ -137,6 +140,19 @@ def test_traces_are_those_of_one_rank(single, results, name):
             for field in ("trace_log_probs", "trace_entropies", "marker_log_probs", "stop_log_probs",
                           "answer_log_probs", "baseline_log_probs"):  # fmt: skip
                 torch.testing.assert_close(getattr(got, field), getattr(wanted, field), atol=1e-4, rtol=0)
+
+
+def in_bf16(directory) -> bool:
+    """Weights in bf16, over the service for GPUs: its messages are torch.distributed's, which gloo carries as well."""
+    policy = tiny.policy(directory, recipe({TP: 2, "bf16": True}, {TP: 1}))
+    model = rollout_model(policy)
+    model._copies = OrderedCopies()
+    model.refresh()
+    return all(parameter.dtype == torch.bfloat16 for chunk in model.chunks for parameter in chunk.parameters())
+
+
+def test_bf16_weights_move_by_the_service_for_gpus(directories):
+    assert run_ranks(4, in_bf16, directories["mistral"]) == [True] * 4
 
 
 def damaged(directory) -> list[str]:
