@@ -178,10 +178,9 @@ def _report(failures: Mapping[int, ProcessFailure]) -> int:
     codes = {rank: failure.exitcode for rank, failure in failures.items()}
     if _USER_MISTAKE in codes.values():
         return _USER_MISTAKE
-    asked = stopping.asked()
-    if asked is not None and set(codes.values()) <= {stopping.UNFINISHED, -asked, -signal.SIGTERM}:
-        if stopping.UNFINISHED not in codes.values():  # ranks that the signal ended had not started to heed it
-            print(f"nrt: ended by {asked.name} before the run had started", file=sys.stderr)
+    if set(codes.values()) <= {stopping.UNFINISHED, *(-number for number in stopping.SIGNALS)}:
+        if stopping.UNFINISHED not in codes.values():  # ranks that a signal ended had not started to heed it
+            print("nrt: asked to stop before the run had started; the same command starts it", file=sys.stderr)
         return stopping.UNFINISHED
     first = {rank: code for rank, code in codes.items() if code != -signal.SIGTERM}  # those the launcher ended
     said = [f"rank {rank} {_ending(code)}" for rank, code in (first or codes).items()]

@@ -71,8 +71,15 @@ class Run:
 
     @classmethod
     def start(cls, recipe: Recipe) -> Run:
-        """Joins the ranks, builds the policy, and continues from the run's last whole checkpoint if there is one."""
+        """Joins the ranks, builds the policy, and continues from the run's last whole checkpoint if there is one.
+
+        Raises AskedToStop on all ranks when one was asked to stop before they had met.
+        """
         place = runtime.initialize(recipe)
+        stopping.started()
+        if any(reduce_max([float(stopping.asked() is not None)], place.device)):
+            runtime.shutdown()
+            raise stopping.AskedToStop("asked to stop before the run had started; the same command starts it")
         with place.phase("start"):
             inputs = load_inputs(recipe)
             resume_from = checkpoint.find(Path(recipe.run_dir) / "checkpoints", print_notice)

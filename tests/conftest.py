@@ -1,12 +1,19 @@
 """Tests run on CPU ranks, also where there is a GPU; `pytest -m gpu` runs those that need one on it."""
 
 import os
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
+
+SESSION = "NRT_TEST_SESSION"
+"""Marks every program started from here, however deep, by a variable of its environment."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    os.environ[SESSION] = str(os.getpid())
     if config.option.markexpr != "gpu":
         os.environ["NRT_DEVICE"] = "cpu"  # read when nrt_megatron.mcore is imported
 
@@ -24,3 +31,27 @@ def smollm2_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     except ConfigError as error:
         pytest.skip(f"SmolLM2-135M cannot be fetched: {error}")
     return directory
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_process_left() -> Iterator[None]:
+    """Fails when the tests leave a process behind, such as the servers that Python's multiprocessing starts."""
+    yield
+    deadline = time.monotonic() + 10
+    while (left := left_behind()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not left, "processes left behind:\n" + "\n".join(left)
+
+
+def left_behind() -> list[str]:
+    """Of every program of this session that still runs: number, test that started it, command."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            env = process.environ()
+            if env.get(SESSION) == str(os.getpid()) and process.pid != os.getpid():
+                by = env.get("PYTEST_CURRENT_TEST", "no test")
+                found.append(f"{process.pid}, started by {by}: {' '.join(process.cmdline())}")
+        except psutil.Error:
+            pass  # it has just ended, or is another user's
+    return found

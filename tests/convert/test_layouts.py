@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import pickle
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata
 
 from nrt_megatron.checkpoints import CheckpointMeta
 from nrt_megatron.convert.config import ModelShape
@@ -66,7 +62,7 @@ def through_layout(layout: tuple, sources: dict, root: Path) -> dict[str, float]
     """On each rank: load, compare, load again from Hugging Face, save. Largest logit difference per variant."""
     from megatron.core import dist_checkpointing
 
-    from nrt_megatron.mcore import runtime
+    from nrt_megatron.mcore import runtime, storage
     from nrt_megatron.mcore.hf import load_hf_weights
     from nrt_megatron.mcore.model import build_chunks
     from nrt_megatron.recipe import Megatron, Policy, Recipe
@@ -79,7 +75,7 @@ def through_layout(layout: tuple, sources: dict, root: Path) -> dict[str, float]
         make_vocab_size_divisible_by=8,
     )
     place = runtime.initialize(Recipe(policy=Policy(megatron_cfg=cfg)))
-    differences, everything = {}, {}
+    differences = {}
     for variant, (hf, checkpoint, ids, expected) in sources.items():
         shape = ModelShape.from_dir(hf)
         chunks = build_chunks(shape, cfg)
@@ -100,40 +96,22 @@ def through_layout(layout: tuple, sources: dict, root: Path) -> dict[str, float]
             load_hf_weights(chunks, shape, hf, place.tp_rank, place.tp_size)
             direct = [p for chunk in chunks for p in chunk.parameters()]
             assert all(torch.equal(a, b) for a, b in zip(loaded, direct)), variant
-        for i, chunk in enumerate(chunks):
-            everything[f"{variant} {i}"] = chunk.sharded_state_dict(prefix=f"{variant}/")
-    dist_checkpointing.save(everything, str(root))
+        state = {f"model{i}": chunk.sharded_state_dict() for i, chunk in enumerate(chunks)}
+        storage.write_state(state, root / variant / "dist", lambda action: action())
     runtime.shutdown()
     return differences
 
 
-def take_out(variant: str, together: Path, checkpoint: Path) -> None:
-    """One model out of a checkpoint of several (one save per layout, since saving starts processes)."""
-    metadata = FileSystemReader(together).read_metadata()
-    prefix = f"{variant}/"
-    own = {k.removeprefix(prefix): v for k, v in metadata.state_dict_metadata.items() if k.startswith(prefix)}
-    places = {
-        replace(index, fqn=index.fqn.removeprefix(prefix)): place
-        for index, place in metadata.storage_data.items()
-        if index.fqn.startswith(prefix)
-    }
-    (checkpoint / "dist").mkdir(parents=True)
-    (checkpoint / "dist" / ".metadata").write_bytes(pickle.dumps(Metadata(own, storage_data=places)))
-    for file in together.glob("*.distcp"):
-        (checkpoint / "dist" / file.name).symlink_to(file)
-
-
 def prove(layout: tuple, sources: dict, tmp_path: Path, timeout: float) -> None:
     """All ranks' logits are those of transformers, and what they save is released with the source's bits."""
-    together = tmp_path / "together"
-    together.mkdir()
-    results = run_ranks(layout[0] * layout[1], through_layout, layout, sources, together, timeout=timeout)
+    for variant in sources:
+        (tmp_path / variant / "dist").mkdir(parents=True)
+    results = run_ranks(layout[0] * layout[1], through_layout, layout, sources, tmp_path, timeout=timeout)
     last = {variant: difference for result in results for variant, difference in result.items()}
     assert last.keys() == sources.keys()
     assert max(last.values()) < BOUND, last
     for variant, (hf, *_) in sources.items():
         checkpoint = tmp_path / variant
-        take_out(variant, together, checkpoint)
         meta = CheckpointMeta(step=0, world_size=len(results), model=ModelShape.from_dir(hf).to_hf(), kind="train")
         (checkpoint / "meta.json").write_text(meta.to_json())
         export_hf(checkpoint, checkpoint / "release")

@@ -168,6 +168,60 @@ def test_a_launcher_whose_ranks_have_not_started(whole, tmp_path, start):
     assert not list((tmp_path / "run").glob("checkpoints/step_*"))
 
 
+@pytest.fixture
+def slow_start(tmp_path, monkeypatch) -> None:
+    """Rank 1 of what is started from here imports for a minute, rank 0 waits for it; a file `here0`, `here1` says so."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/sitecustomize.py").write_text(
+        "import os, sys\n"
+        "if 'RANK' in os.environ:\n"
+        "    import importlib.abc, pathlib, time\n"
+        "    rank = os.environ['RANK']\n"
+        f"    here = pathlib.Path({str(tmp_path)!r}, 'here' + rank).touch\n"
+        "    class Slow(importlib.abc.MetaPathFinder):\n"
+        "        def find_spec(self, name, path, target=None):\n"
+        "            if name != 'nrt_megatron.trainer': return None\n"
+        "            sys.meta_path.remove(self)\n"
+        "            if rank == '1':\n"
+        "                here(), time.sleep(60)\n"
+        "            import nrt_megatron.mcore.runtime as runtime\n"
+        "            initialize = runtime.initialize\n"
+        "            runtime.initialize = lambda recipe: (here(), initialize(recipe))[1]\n"
+        "    sys.meta_path.insert(0, Slow())\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'site'}{os.pathsep}{ROOT}")
+
+
+@pytest.mark.parametrize(
+    ("torchrun", "asked"),
+    [(False, [0]), (False, [1]), (True, [0, 1])],
+    ids=["waiting", "importing", "torchrun"],
+)
+def test_ranks_that_have_not_met_leave_at_once(tmp_path, slow_start, start, torchrun, asked):
+    """Rank 0 waits for rank 1, which still imports: whoever is asked leaves, and the other one after it."""
+    inputs = tiny.write_inputs(tmp_path)
+    tiny.recipe(inputs, ranks=2, **{TP: 2})
+    command = ["nrt_megatron", "train", str(tmp_path / "recipe.yaml"), "cluster.cpu_ranks=2"]
+    command = [*(("torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m") if torchrun else ()), *command]
+    process = start(*command, "policy.megatron_cfg.tensor_model_parallel_size=2")
+    deadline = time.monotonic() + 120
+    while len(list(tmp_path.glob("here?"))) < 2:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(8)
+    ranks = {int(child.environ()["RANK"]): child for child in psutil.Process(process.pid).children()}
+    for rank in asked:
+        ranks[rank].send_signal(signal.SIGUSR1)
+    sent = time.monotonic()
+    _, said = process.communicate(timeout=120)
+    assert time.monotonic() - sent < 20  # on a busy machine; 3 s to leave, as much for the one that is told to
+    assert not (tmp_path / "run/metrics.jsonl").exists() and not any(rank.is_running() for rank in ranks.values())
+    if torchrun:
+        assert process.returncode == 1 and said.count("exitcode  : 75") == 2
+    else:
+        assert (process.returncode, said) == (75, "")
+
+
 def test_under_torchrun(whole, tmp_path, slow_steps, start):
     """Ranks get the signal themselves, as Slurm sends it; torchrun itself knows no exit code but 1."""
     inputs = tiny.write_inputs(whole.parent) | {"run_dir": str(tmp_path / "run")}
