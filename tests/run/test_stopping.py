@@ -170,7 +170,7 @@ def test_a_launcher_whose_ranks_have_not_started(whole, tmp_path, start):
 
 @pytest.fixture
 def slow_start(tmp_path, monkeypatch) -> None:
-    """Rank 1 of what is started from here imports for a minute, rank 0 waits for it; a file `here0`, `here1` says so."""
+    """Rank 1 of what is started from here imports for a minute, rank 0 waits for it; files `here0`, `here1` say so."""
     (tmp_path / "site").mkdir()
     (tmp_path / "site/sitecustomize.py").write_text(
         "import os, sys\n"
