@@ -42,6 +42,8 @@ class Run:
         self.step = 0
         """Steps done."""
         self.last_checkpoint: Optional[Path] = None
+        """The newest one, complete unless it is being written; complete when the run ends."""
+        self._saver = checkpoint.Saver(self.directory / "checkpoints", recipe.checkpointing)
         self._rollout = StepMetrics()
         self._times: dict[str, float] = {}
         tokenizer = inputs.tokenizer
@@ -128,6 +130,7 @@ class Run:
         mine = [float(stopping.asked() is not None), float(self.output.failure is not None)]
         stop, failed = reduce_max(mine, self.runtime.device)
         if failed:
+            self._saver.finish()
             raise self.output.failure or ConfigError("the main rank could not write to run_dir and says why")
         return bool(stop)
 
@@ -136,17 +139,18 @@ class Run:
 
         Collective: every rank gets the same answer, and saves its part when the run ends early.
         """
-        stop = self._agree()
-        if self.step == self.recipe.nrt.max_num_steps or not stop:
-            return self.step < self.recipe.nrt.max_num_steps
-        if self.step and (self.last_checkpoint is None or step_of(self.last_checkpoint) != self.step):
+        stop, complete = self._agree(), self.step == self.recipe.nrt.max_num_steps
+        if stop and self.step and (self.last_checkpoint is None or step_of(self.last_checkpoint) != self.step):
             self.save()
-        return False
+        with self.timed("checkpoint", self.step):
+            self._saver.finish() if stop or complete else self._saver.poll()
+        return not (stop or complete)
 
     @contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
-        """Names the phase for time-outs and adds its seconds to the step's `time/` metrics."""
-        with self.runtime.phase(f"{phase}, step {self.step + 1}"):
+    def timed(self, phase: str, step: Optional[int] = None) -> Iterator[None]:
+        """Names the phase, by default of the next step, for time-outs, and adds its seconds to the `time/` metrics of
+        the row to come."""
+        with self.runtime.phase(f"{phase}, step {self.step + 1 if step is None else step}"):
             started = time.perf_counter()
             yield
             torch.cuda.synchronize()
@@ -178,6 +182,7 @@ class Run:
         try:
             yield
         except NotFiniteError as failure:
+            self._saver.finish()
             batches = failure.batches
             directory = replay_dir(self.directory, self.step + 1)
             place = self.runtime
@@ -230,15 +235,10 @@ class Run:
             self.output.write_row({"step": self.step, **row})
 
     def save(self) -> None:
-        """Writes a checkpoint of the current step. Raises StorageError when the disk does not take it."""
-        with self.runtime.phase(f"checkpoint, step {self.step}"):
-            self.last_checkpoint = checkpoint.save(
-                self.directory / "checkpoints",
-                self.policy,
-                self._meta("train"),
-                self._documents(),
-                self.recipe.checkpointing,
-            )
+        """Writes, or begins to write, a checkpoint of the current step. Raises StorageError when the disk does not
+        take it, or did not take the one before."""
+        with self.timed("checkpoint", self.step):
+            self.last_checkpoint = self._saver.save(self.policy, self._meta("train"), self._documents())
 
     def _meta(self, kind: str) -> CheckpointMeta:
         progress = {

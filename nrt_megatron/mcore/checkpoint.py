@@ -10,7 +10,9 @@ import json
 import os
 import random
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Optional
@@ -28,6 +30,7 @@ from nrt_megatron.checkpoints import LATEST, MANIFEST, CheckpointMeta, StorageEr
 from nrt_megatron.mcore import storage
 from nrt_megatron.mcore.optimizer_state import load_optimizer_state, optimizer_state, update_count
 from nrt_megatron.mcore.policy import MegatronPolicy
+from nrt_megatron.mcore.reduce import reduce_max
 from nrt_megatron.recipe import Checkpointing
 
 
@@ -48,19 +51,45 @@ def _random_state() -> ShardedObject:
     return ShardedObject("random_state", state, (world,), (rank,))
 
 
-def save(
-    directory: Path, policy: MegatronPolicy, meta: CheckpointMeta, documents: Callable[[Path], None], cfg: Checkpointing
-) -> Path:
-    """Writes `directory/step_N`, then the marker, then deletes checkpoints that need not be kept; returns its path.
+class Saver:
+    """Writes the checkpoints of a run as `directory/step_N`, one at a time. Every method is collective.
 
-    Collective; `meta` is equal on all ranks. `documents` adds files to the directory it is given, on the main rank.
-    Raises StorageError on all ranks when the disk is full or not writable; the previous checkpoint then still is the
+    With `async_save` training goes on while threads write a copy of the tensors; a checkpoint gets its name and the
+    marker, and older ones go, in the first `poll` or `finish` after every rank's part is on the disk. All methods
+    raise StorageError on all ranks when the disk is full or not writable; the previous checkpoint then still is the
     latest.
     """
-    final = step_dir(directory, meta.step)
-    _write(final, meta, partial(_training_state, policy), documents, lambda _: None)
-    storage.together(directory, partial(_retire, final, cfg) if dist.get_rank() == 0 else lambda: None)
-    return final
+
+    def __init__(self, directory: Path, cfg: Checkpointing) -> None:
+        self._directory, self._cfg = directory, cfg
+        self._save: Optional[_Save] = None
+        """The one being written."""
+
+    def save(self, policy: MegatronPolicy, meta: CheckpointMeta, documents: Callable[[Path], None]) -> Path:
+        """Begins a checkpoint, after the one before it is complete; completes it unless `async_save` is set.
+
+        `meta` is equal on all ranks. `documents` adds files to the directory it is given, on the main rank.
+        """
+        self.finish()
+        final = step_dir(self._directory, meta.step)
+        self._save = _Save(final, meta, partial(_training_state, policy), documents, ahead=self._cfg.async_save)
+        if not self._cfg.async_save:
+            self.finish()
+        return final
+
+    def poll(self) -> None:
+        """Completes the checkpoint being written if that has not to wait for the disk of any rank."""
+        if self._save is not None:
+            (writing,) = reduce_max([not self._save.written], torch.device(torch.cuda.current_device()))
+            if not writing:
+                self.finish()
+
+    def finish(self) -> None:
+        """Completes the checkpoint being written, if there is one."""
+        save, self._save = self._save, None
+        if save is not None:
+            save.finish()
+            _on_main(self._directory, _retire, save.final, self._cfg)
 
 
 def save_weights(
@@ -74,38 +103,71 @@ def save_weights(
 
     `parts` adds files to the directory it is given, on every rank.
     """
-    _write(final, meta, partial(model_state, policy), documents, parts)
+    _Save(final, meta, partial(model_state, policy), documents, parts).finish()
 
 
-def _write(
-    final: Path,
-    meta: CheckpointMeta,
-    state: Callable[[], dict[str, Any]],
-    documents: Callable[[Path], None],
-    parts: Callable[[Path], None],
-) -> None:
-    directory, main = final.parent, dist.get_rank() == 0
-    # A name of its own for every attempt: what a killed one may still be writing does not get in here.
-    name = [f".writing-{final.name}-{uuid.uuid4().hex[:8]}" if main else None]
-    dist.broadcast_object_list(name)
-    temporary = directory / str(name[0])
-    on_all = partial(storage.together, directory)
+class _Save:
+    """A checkpoint on its way to the disk: begun here and finished by all ranks, written by each in between."""
 
-    def on_main(action: Callable[..., None], *args: Any) -> None:
-        on_all(partial(action, *args) if main else lambda: None)
+    def __init__(
+        self,
+        final: Path,
+        meta: CheckpointMeta,
+        state: Callable[[], dict[str, Any]],
+        documents: Callable[[Path], None],
+        parts: Callable[[Path], None] = lambda _: None,
+        ahead: bool = False,
+    ) -> None:
+        """ahead: begin to write at once, in a thread, a copy of the tensors."""
+        self.final = final
+        # A name of its own for every attempt: what a killed one may still be writing does not get in here.
+        name = [f".writing-{final.name}-{uuid.uuid4().hex[:8]}" if dist.get_rank() == 0 else None]
+        dist.broadcast_object_list(name)
+        self._temporary = temporary = final.parent / str(name[0])
+        self._on_all = partial(storage.together, final.parent)
+        self._future: Optional[Future[tuple[list[Any], dict[str, list[int]]]]] = None
+        with _removed_on_failure(final.parent):
+            _on_main(final.parent, _begin, temporary, meta, documents)
+            self._on_all(partial(parts, temporary))
+            self._state = storage.StateWriter(state(), temporary / "dist", self._on_all)
+            if ahead:
+                self._on_all(self._state.copy)
+                pool = ThreadPoolExecutor(1, "checkpoint")
+                self._future = pool.submit(self._write)
+                pool.shutdown(wait=False)  # the thread ends with its work
 
+    @property
+    def written(self) -> bool:
+        """Whether this rank's part is on the disk, or has failed."""
+        return self._future is not None and self._future.done()
+
+    def _write(self) -> tuple[list[Any], dict[str, list[int]]]:
+        """Each rank reads back what it wrote: most likely it still is in the memory of its node."""
+        results = self._state.write()
+        own = [f for f in checkpoints.files_of(self._temporary) if _writer(f) == dist.get_rank()]
+        return results, checkpoints.checksums(self._temporary, own)
+
+    def finish(self) -> None:
+        """Waits for this rank's part; the checkpoint has its name when all ranks return."""
+        with _removed_on_failure(self.final.parent):
+            results, sums = self._on_all(self._write if self._future is None else self._future.result)
+            self._state.finish(results)
+            _on_main(self.final.parent, _write_manifest, self._temporary, _gathered(sums))
+            _on_main(self.final.parent, _publish, self._temporary, self.final)
+
+
+def _on_main(directory: Path, action: Callable[..., None], *args: Any) -> None:
+    storage.together(directory, partial(action, *args) if dist.get_rank() == 0 else lambda: None)
+
+
+@contextmanager
+def _removed_on_failure(directory: Path) -> Iterator[None]:
+    """A checkpoint that the disk did not take makes room for the metrics of what comes next."""
     try:
-        on_main(_begin, temporary)
-        storage.write_state(state(), temporary / "dist", on_all)
-        on_all(partial(parts, temporary))
-        on_main(documents, temporary)
-        on_main((temporary / "meta.json").write_text, meta.to_json())
-        sums = _gathered(on_all(partial(_checksums_of_own_files, temporary)))
-        on_main(_write_manifest, temporary, sums)
-        on_main(_publish, temporary, final)
+        yield
     except StorageError:
-        if main:
-            checkpoints.clean(directory)  # makes room for the metrics of what comes next
+        if dist.get_rank() == 0:
+            checkpoints.clean(directory)
         raise
 
 
@@ -120,9 +182,11 @@ def _training_state(policy: MegatronPolicy) -> dict[str, Any]:
     }
 
 
-def _begin(temporary: Path) -> None:
+def _begin(temporary: Path, meta: CheckpointMeta, documents: Callable[[Path], None]) -> None:
     checkpoints.clean(temporary.parent)
     (temporary / "dist").mkdir(parents=True)
+    documents(temporary)
+    (temporary / "meta.json").write_text(meta.to_json())
 
 
 def _publish(temporary: Path, final: Path) -> None:
@@ -143,13 +207,6 @@ def _retire(final: Path, cfg: Checkpointing) -> None:
     checkpoints.prune(directory, checkpoints.step_of(final), cfg.keep_last, cfg.keep_every)
 
 
-def _checksums_of_own_files(checkpoint: Path) -> dict[str, list[int]]:
-    """Each rank reads back what it wrote: most likely it still is in the memory of its node."""
-    return checkpoints.checksums(
-        checkpoint, [f for f in checkpoints.files_of(checkpoint) if _writer(f) == dist.get_rank()]
-    )
-
-
 def _gathered(mine: dict[str, Any]) -> dict[str, Any]:
     """The dictionaries of all ranks in one, on the main rank; empty elsewhere."""
     parts: Optional[list[Any]] = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
@@ -158,6 +215,8 @@ def _gathered(mine: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write_manifest(checkpoint: Path, files: dict[str, list[int]]) -> None:
+    """files: checksums of all but what was written last."""
+    files |= checkpoints.checksums(checkpoint, (f for f in checkpoints.files_of(checkpoint) if f not in files))
     (checkpoint / MANIFEST).write_text(json.dumps({"files": files}, indent=1, sort_keys=True))
     storage.flush(checkpoint)
 

@@ -20,8 +20,9 @@ from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
-from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync, WriteBucket
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
 from nrt_megatron.checkpoints import StorageError
@@ -72,7 +73,7 @@ def _reason(error: BaseException, directory: Path) -> str:
 
 
 class _PlannedWrite(TorchDistSaveShardedStrategy):
-    """Megatron's strategy up to the plan of who writes what; the writing is `write_state`'s."""
+    """Megatron's strategy up to the plan of who writes what; the writing is `StateWriter`'s."""
 
     def _get_save_and_finalize_callbacks(self, writer: FileSystemWriterAsync, planned: tuple) -> AsyncRequest:
         self.writer = writer
@@ -80,23 +81,52 @@ class _PlannedWrite(TorchDistSaveShardedStrategy):
         return AsyncRequest(None, (), [])
 
 
-def write_state(state: dict[str, Any], directory: Path, on_all: Callable[[Callable[[], T]], T]) -> None:
-    """Writes a sharded state dict to the empty `directory` in Megatron's format `torch_dist`. Collective.
+class StateWriter:
+    """Writes a sharded state dict to the empty `directory` in Megatron's format `torch_dist`.
 
     As `dist_checkpointing.save`, but from threads of this process: Megatron forks a process for each file, off a
     process with a GPU and threads, and gathers results through a server process. Those live on when their rank is
-    killed, and lose the cause of an error. What may fail on one rank is run by `on_all` (see `together`).
+    killed, and lose the cause of an error.
+
+    Making one plans the files and writes what is equal on all ranks, and is collective like `finish`; what may fail
+    on one rank is run by `on_all` (see `together`). `copy` and `write` are this rank's own affair.
     """
-    # Megatron asks for a queue between processes while it plans; one that starts no process will do.
-    filesystem_async._results_queue = queue.SimpleQueue()
-    main = dist.get_rank() == 0
-    sharded, common = save_preprocess(state, validate_access_integrity=True)
-    on_all((lambda: _write_common(common, directory)) if main else lambda: None)
-    plan = _PlannedWrite(*_FORMAT, thread_count=_FILES_PER_RANK)
-    plan.async_save(sharded, directory)
-    results = on_all(lambda: _write_files(plan.writer))
-    gathered = plan.group.gather_object(results)
-    on_all((lambda: plan.writer.finish(plan.metadata, gathered)) if main else lambda: None)
+
+    def __init__(self, state: dict[str, Any], directory: Path, on_all: Callable[[Callable[[], Any]], Any]) -> None:
+        # Megatron asks for a queue between processes while it plans; one that starts no process will do.
+        filesystem_async._results_queue = queue.SimpleQueue()
+        self._on_all, self._main = on_all, dist.get_rank() == 0
+        sharded, common = save_preprocess(state, validate_access_integrity=True)
+        on_all((lambda: _write_common(common, directory)) if self._main else lambda: None)
+        self._plan = _PlannedWrite(*_FORMAT, thread_count=_FILES_PER_RANK)
+        self._plan.async_save(sharded, directory)
+        self._buckets = self._plan.writer.write_buckets or []
+        self._plan.writer.write_buckets = []  # or they would hold the tensors until the end
+
+    def copy(self) -> None:
+        """Takes the tensors to host memory of their own, so that training can go on changing the model's."""
+        self._buckets = [(*names, (blobs, _copies(tensors))) for *names, (blobs, tensors) in self._buckets]
+        torch.cuda.synchronize()
+
+    def write(self) -> list[WriteResult]:
+        """Writes and flushes this rank's files side by side. Raises the first error."""
+        buckets, self._buckets = self._plan.writer.preload_tensors(self._buckets), []
+        if not buckets:
+            return []
+        with ThreadPoolExecutor(len(buckets)) as pool:
+            written = list(pool.map(partial(_write_file, [self._plan.writer.transforms]), buckets))
+        return [item for results in written for item in results]
+
+    def finish(self, results: list[WriteResult]) -> None:
+        """Writes the metadata, which says where every rank's tensors lie. results: of `write`."""
+        gathered = self._plan.group.gather_object(results)
+        plan = self._plan
+        self._on_all((lambda: plan.writer.finish(plan.metadata, gathered)) if self._main else lambda: None)
+
+
+def _copies(tensors: list[tuple[WriteItem, torch.Tensor]]) -> list[tuple[WriteItem, torch.Tensor]]:
+    """On the host; off a GPU through pinned memory and, until it is synchronised, still on their way."""
+    return [(item, tensor.to("cpu", non_blocking=True, copy=True)) for item, tensor in tensors]
 
 
 def _write_common(common: dict[str, Any], directory: Path) -> None:
@@ -107,24 +137,16 @@ def _write_common(common: dict[str, Any], directory: Path) -> None:
     save_config(CheckpointingConfig(*_FORMAT), str(directory))
 
 
-def _write_files(writer: FileSystemWriterAsync) -> list[WriteResult]:
-    """Writes and flushes this rank's files side by side. Raises the first error."""
-    if not writer.write_buckets:
-        return []
-    buckets = writer.preload_tensors(writer.write_buckets)
+def _write_file(transforms: list[Any], bucket: WriteBucket) -> list[WriteResult]:
     results: queue.SimpleQueue = queue.SimpleQueue()
     pending: queue.Queue = queue.Queue()
-    with ThreadPoolExecutor(len(buckets)) as pool:
-        write = partial(writer.write_preloaded_data, [writer.transforms], use_fsync=True)
-        for index, _ in enumerate(buckets):
-            pending.put(index)
-        for _ in pool.map(lambda bucket: write(*bucket, results, pending), enumerate(buckets)):
-            pass  # what it could not hand over in `results` is raised here
-    written = [results.get()[1] for _ in buckets]
-    for result in written:
-        if isinstance(result, Exception):
-            raise result
-    return [item for result in written for item in result]
+    pending.put(0)
+    # Not as decorated: that stops the garbage collection of the whole process, which a forked writer needs.
+    FileSystemWriterAsync.write_preloaded_data.__wrapped__(transforms, 0, bucket, results, pending, use_fsync=True)
+    written = results.get()[1]
+    if isinstance(written, Exception):
+        raise written
+    return written
 
 
 def flush(directory: Path) -> None:

@@ -243,6 +243,8 @@ class Checkpointing:
     """Older checkpoints are deleted after a newer one is complete."""
     keep_every: int = 0
     """Checkpoints of steps divisible by this are kept for good; 0: none."""
+    async_save: bool = False
+    """Train on while a checkpoint is written, from a copy in host memory: as many bytes as a rank writes."""
 
 
 @dataclass(frozen=True)

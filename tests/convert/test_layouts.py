@@ -97,7 +97,8 @@ def through_layout(layout: tuple, sources: dict, root: Path) -> dict[str, float]
             direct = [p for chunk in chunks for p in chunk.parameters()]
             assert all(torch.equal(a, b) for a, b in zip(loaded, direct)), variant
         state = {f"model{i}": chunk.sharded_state_dict() for i, chunk in enumerate(chunks)}
-        storage.write_state(state, root / variant / "dist", lambda action: action())
+        writer = storage.StateWriter(state, root / variant / "dist", lambda action: action())
+        writer.finish(writer.write())
     runtime.shutdown()
     return differences
 

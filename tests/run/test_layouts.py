@@ -84,12 +84,11 @@ def reload(settings: Recipe, sources: Mapping[str, Path], target: Path) -> None:
         meta = checkpoint.load(source, policy)
         for chunk in policy.chunks:
             assert all(parameter.isfinite().all() for parameter in chunk.parameters())
-        checkpoint.save(
-            target / name,
+        saver = checkpoint.Saver(target / name, Checkpointing())
+        saver.save(
             policy,
             replace(meta, world_size=place.world_size),
             lambda directory: (directory / "recipe.yaml").write_text(to_yaml(settings)),
-            Checkpointing(),
         )
 
 

@@ -72,7 +72,7 @@ def send(sent: signal.Signals, rank: int, step: int, when: str) -> Callable[[], 
 )
 def test_a_signal_to_any_rank_stops_all(whole, tmp_path, sent, rank, step, when, left):
     inputs = tiny.write_inputs(whole.parent) | {"run_dir": str(tmp_path / "run")}
-    settings = tiny.recipe(inputs, ranks=2, **{TP: 2})
+    settings = tiny.recipe(inputs, f"checkpointing.async_save={when == 'save'}", ranks=2, **{TP: 2})
     codes, said = tiny.work_ranks(settings, 2, send(sent, rank, step, when))
     assert codes == [75, 75]
     assert said.startswith(f"nrt: asked to stop: step {step} of 6, checkpoint ") and said.count("\n") == 1

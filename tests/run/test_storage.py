@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import resource
 import shutil
 import signal
 import subprocess
+import threading
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -22,6 +25,7 @@ from tests.run.test_resume import assert_same_tensors
 from tests.run.tiny import TP
 
 OPTIONS = ("checkpointing.every=2", "checkpointing.keep_last=2")
+WAITS, GOES_ON = "checkpointing.async_save=false", "checkpointing.async_save=true"
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +71,9 @@ def die(where: object, name: str, before: bool, call: int) -> None:
 
 
 MOMENTS: dict[str, tuple[Callable[[], None], list[str]]] = {
-    "tensors half written": (partial(die, storage, "_write_common", False, 2), ["step_00000002"]),
-    "tensors written": (partial(die, storage, "write_state", False, 2), ["step_00000002"]),
+    "tensors not written": (partial(die, storage, "_write_common", False, 2), ["step_00000002"]),
+    "second file not written": (partial(die, storage, "_write_file", True, 4), ["step_00000002"]),
+    "tensors written": (partial(die, storage.StateWriter, "write", False, 2), ["step_00000002"]),
     "manifest not written": (partial(die, checkpoint, "_write_manifest", True, 2), ["step_00000002"]),
     "manifest written": (partial(die, checkpoint, "_write_manifest", False, 2), ["step_00000002"]),
     "marker not written": (partial(die, storage, "replace_text", True, 2), ["step_00000002", "step_00000004"]),
@@ -80,10 +85,11 @@ MOMENTS: dict[str, tuple[Callable[[], None], list[str]]] = {
 }
 
 
+@pytest.mark.parametrize("saving", [WAITS, GOES_ON])
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_killed_while_saving(whole, inputs, tmp_path, moment):
+def test_killed_while_saving(whole, inputs, tmp_path, moment, saving):
     before, left = MOMENTS[moment]
-    settings = tiny.recipe(inputs, *OPTIONS)
+    settings = tiny.recipe(inputs, *OPTIONS, saving)
     with pytest.raises(AssertionError, match="rank 0 ended with -9"):
         tiny.train_ranks(settings, 1, before)
     found = newest_first(tmp_path / "run/checkpoints")
@@ -162,8 +168,8 @@ def test_a_damaged_checkpoint_is_passed_over(whole, finished, inputs, name, rank
         tiny.train_ranks(tiny.recipe(inputs, *OPTIONS, ranks=ranks, **megatron), ranks, say_on_file(finished))
         == [True] * ranks
     )
-    (line,) = (finished / "said").read_text().splitlines()
-    assert re.fullmatch(
+    line, *changed_recipe = (finished / "said").read_text().splitlines()
+    assert len(changed_recipe) == (ranks > 1) and re.fullmatch(
         rf"{finished}/checkpoints/step_00000006 is damaged \({said}\); looking for an earlier one", line
     )
     if ranks == 1:
@@ -241,13 +247,23 @@ def pages(directory: Path) -> int:
 FULL = "cannot write a checkpoint to {}: No space left on device (ENOSPC); make room or set another run_dir"
 
 
-@pytest.mark.parametrize("missing", ["nearly all", "half", "a tenth", "the last file"])
-def test_a_full_disk_leaves_the_last_checkpoint(whole_tp2, inputs, tmp_path, small_disk, missing):
+@pytest.mark.parametrize(
+    ("missing", "saving"),
+    [
+        ("nearly all", WAITS),
+        ("half", WAITS),
+        ("a tenth", WAITS),
+        ("the last file", WAITS),
+        ("half", GOES_ON),
+        ("the last file", GOES_ON),
+    ],
+)
+def test_a_full_disk_leaves_the_last_checkpoint(whole_tp2, inputs, tmp_path, small_disk, missing, saving):
     """At whatever file the disk is full, both ranks end with the reason, and the run goes on once there is room."""
     place, one = tmp_path / "run/checkpoints", pages(whole_tp2 / "checkpoints/step_00000006")
     room = {"nearly all": 8, "half": one // 2, "a tenth": one * 9 // 10, "the last file": one}[missing]
     small_disk(place, one + room)
-    settings = tiny.recipe(inputs, *ONE_KEPT, ranks=2, **{TP: 2})
+    settings = tiny.recipe(inputs, *ONE_KEPT, saving, ranks=2, **{TP: 2})
     codes, said = tiny.work_ranks(settings, 2)
     assert codes == [2, 2] and said.count("\n") == 1 and FULL.format(place) in said
     assert [path.name for path in newest_first(place)] == ["step_00000003"]
@@ -257,15 +273,17 @@ def test_a_full_disk_leaves_the_last_checkpoint(whole_tp2, inputs, tmp_path, sma
     assert_equal_runs(tmp_path / "run", whole_tp2)
 
 
-def test_a_limit_on_the_size_of_files(inputs, tmp_path):
-    """What a quota or `ulimit -f` does; needs no privileges."""
+@pytest.mark.parametrize("saving", [WAITS, GOES_ON])
+def test_a_limit_on_the_size_of_files(inputs, tmp_path, saving):
+    """What a quota or `ulimit -f` does; needs no privileges. A run that goes on ends at the next save at the latest."""
 
     def limit() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100 << 10, 100 << 10))
 
-    codes, said = tiny.work_ranks(tiny.recipe(inputs, *OPTIONS), 1, limit)
+    codes, said = tiny.work_ranks(tiny.recipe(inputs, *OPTIONS, saving), 1, limit)
     assert codes == [2] and re.match(r"nrt: run_dir: cannot write a checkpoint to \S+: File too large \(EFBIG\);", said)
-    assert newest_first(tmp_path / "run/checkpoints") == [] and len(tiny.rows(tmp_path / "run")) == 3
+    assert newest_first(tmp_path / "run/checkpoints") == []
+    assert len(tiny.rows(tmp_path / "run")) in ((3,) if saving == WAITS else (3, 4, 5))
 
 
 @pytest.mark.parametrize(("kib", "rows"), [(8, 0), (16, 2)])
@@ -277,6 +295,73 @@ def test_metrics_that_cannot_be_written_end_all_ranks_alike(inputs, tmp_path, sm
     codes, said = tiny.work_ranks(settings, 2)
     assert codes == [2, 2] and said.count("\n") == 1 and "No space left on device" in said
     assert len(tiny.rows(tmp_path / "run")) >= (0 if tensorboard == "true" else rows)
+
+
+# --- while training goes on
+
+
+def watched(log: Path) -> Callable[[], None]:
+    """Lets no file of a checkpoint be written before the next step is done; notes what each step finds."""
+
+    def before() -> None:
+        from nrt_megatron.run import Run
+
+        write, finish_step, step_done = storage._write_file, Run.finish_step, threading.Event()
+
+        def late(*args):
+            assert step_done.wait(60)
+            return write(*args)
+
+        def noting(self, metrics):
+            found = [path.name for path in newest_first(self.directory / "checkpoints")]
+            waiting = len(list((self.directory / "checkpoints").glob(".writing-*")))
+            with log.open("a") as file:
+                file.write(f"{self.step + 1}: {' '.join(found)} + {waiting}\n")
+            step_done.set() if (self.step + 1) % 2 or self.step == 5 else step_done.clear()
+            finish_step(self, metrics)
+            while step_done.is_set() and self._saver._save is not None and not self._saver._save.written:
+                time.sleep(0.01)
+
+        storage._write_file, Run.finish_step = late, noting
+
+    return before
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(whole, inputs, tmp_path):
+    """Files of step 2 are written after step 3 is done, and it becomes a checkpoint then; nothing else is different."""
+    tiny.train_ranks(tiny.recipe(inputs, *OPTIONS, GOES_ON), 1, watched(tmp_path / "log"))
+    assert (tmp_path / "log").read_text().splitlines() == [
+        "1:  + 0",
+        "2:  + 0",
+        "3:  + 1",
+        "4: step_00000002 + 0",
+        "5: step_00000002 + 1",
+        "6: step_00000004 step_00000002 + 0",
+    ]
+    assert_equal_runs(tmp_path / "run", whole)
+
+
+def test_a_run_that_ends_by_an_error_completes_its_checkpoint(inputs, tmp_path):
+    """Metrics cannot be written in the step after a save."""
+
+    def before() -> None:
+        from nrt_megatron.report.jsonl import StepLog
+
+        append = StepLog.append
+
+        def full(self, row):
+            if row["step"] == 3:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            append(self, row)
+
+        StepLog.append = full
+
+    settings = tiny.recipe(inputs, *OPTIONS, GOES_ON, ranks=2, **{TP: 2})
+    codes, said = tiny.work_ranks(settings, 2, before)
+    assert codes == [2, 2] and said.count("\n") == 1 and "No space left on device" in said
+    (path,) = newest_first(tmp_path / "run/checkpoints")
+    assert path.name == (tmp_path / "run/checkpoints/latest").read_text() == "step_00000002"
+    assert damage(path, contents=True) is None and not list(path.parent.glob(".*"))
 
 
 # --- which are kept
