@@ -221,7 +221,8 @@ def test_no_rank_outlives_its_launcher(place, sent):
     if sent is signal.SIGKILL:
         assert process.returncode == -sent
     elif sent is signal.SIGTERM:  # asks ranks to checkpoint; these know nothing of it
-        assert (process.returncode, err) == (75, "nrt: ended by SIGTERM before the run had started\n")
+        line = "nrt: asked to stop before the run had started; the same command starts it\n"
+        assert (process.returncode, err) == (75, line)
     else:
         begins = "no checkpoint has been written, the same command begins anew"
         assert (process.returncode, err) == (128 + sent, f"nrt: ended by {sent.name}, all ranks with it; {begins}\n")
