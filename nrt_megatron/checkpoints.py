@@ -116,6 +116,8 @@ def damage(checkpoint: Path, *, contents: bool = False, part: tuple[int, int] = 
     try:
         listed = json.loads((checkpoint / MANIFEST).read_text())["files"]
         for name in sorted(listed)[part[0] :: part[1]]:
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                return f"{MANIFEST} names files outside the checkpoint"
             size, crc = listed[name]
             there = (checkpoint / name).stat().st_size
             if there != size:

@@ -98,6 +98,8 @@ def prepare_environment(recipe: Recipe, env: MutableMapping[str, str]) -> None:
 
 def run(recipe: Recipe) -> int:
     """Trains, and returns the exit code. In this process when it is a rank already or the only one."""
+    if "RANK" not in os.environ and sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else gloo listens where the host's name leads to
     with tempfile.TemporaryDirectory(prefix="nrt-") as scratch:
         path = Path(scratch) / "recipe.yaml"
         path.write_text(to_yaml(recipe), encoding="utf-8")
@@ -127,16 +129,19 @@ def _start_ranks(recipe: Recipe, recipe_yaml: Path, scratch: str) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    from nrt_megatron import loopback
+
     _silence_launcher()
+    loopback.register()
     os.environ[_PARENT] = str(os.getpid())
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=world_size(recipe),
         run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",  # a free port
-        local_addr="127.0.0.1",
+        rdzv_backend=loopback.BACKEND,
+        rdzv_endpoint=loopback.ADDRESS,
+        local_addr=loopback.ADDRESS,
         max_restarts=0,
         logs_specs=DefaultLogsSpecs(log_dir=scratch),
         signals_to_handle="SIGINT,SIGHUP,SIGQUIT",  # these end the ranks; SIGTERM and SIGUSR1 ask them to stop

@@ -120,13 +120,17 @@ def _check_weights(recipe: Recipe, inputs: Inputs) -> None:
     """The weights of `policy.model.path` are there and of the model's shapes; headers are read, and no tensor."""
     if recipe.policy.model.path is None:
         return
-    path = Path(recipe.policy.model.path)
+    path, key = Path(recipe.policy.model.path), f"policy.model.path = {recipe.policy.model.path!r}: "
     if not is_checkpoint(path):
         from nrt_megatron.convert.safetensors_io import HFWeights  # loads torch
 
-        _named(f"policy.model.path = {str(path)!r}: ", lambda: HFWeights(path).check(inputs.stored_shape))
-    elif (path / MANIFEST).exists() and (found := damage(path)):
+        _named(key, lambda: HFWeights(path).check(inputs.stored_shape))
+        return
+    if (path / MANIFEST).exists() and (found := damage(path)):
         raise ConfigError.at("policy.model.path", str(path), f"the checkpoint is damaged ({found})", "give another one")
+    from nrt_megatron.convert.dcp_metadata import read_metadata
+
+    _named(key, lambda: read_metadata(path / "dist"))
 
 
 def check_same_model(checkpoint: Path, shape: ModelShape) -> None:

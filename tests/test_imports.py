@@ -35,6 +35,7 @@ ORDER = (
     "trainer",
     "worker",
     "plan",
+    "loopback",
     "launch",
     "cli",
     "__main__",

@@ -32,6 +32,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from nrt_megatron.convert.dcp_metadata import read_metadata
 from nrt_megatron.convert.names import LAYER_PREFIX
 from nrt_megatron.recipe import ConfigError
 
@@ -128,17 +129,13 @@ class _ReadInto(DefaultLoadPlanner):
 class TorchDistReader:
     """Reads parts of whole tensors from a checkpoint saved at any layout.
 
-    Raises ConfigError when the directory is no such checkpoint. A `.metadata` file is a pickle, as in every
-    checkpoint of torch and Megatron: open only checkpoints you would run.
+    Raises ConfigError when the directory is no such checkpoint, or its metadata is not (see `dcp_metadata`).
     """
 
     def __init__(self, directory: Path):
         self.directory = directory
         self._reader = FileSystemReader(directory)
-        try:
-            metadata = self._reader.read_metadata()
-        except (OSError, pickle.UnpicklingError, EOFError):
-            raise ConfigError(f"{directory}: no complete torch_dist checkpoint; give one written by nrt") from None
+        metadata = read_metadata(directory)
         self._tensors = {k: v for k, v in metadata.state_dict_metadata.items() if isinstance(v, TensorStorageMetadata)}
         self._reader.set_up_storage_reader(metadata, is_coordinator=True)
 

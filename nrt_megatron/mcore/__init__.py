@@ -18,6 +18,10 @@ warnings.filterwarnings("ignore", message=r".*(Transformer Engine|Apex|apex).*")
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\..*")  # Megatron's calls
 logging.getLogger("megatron").setLevel(logging.ERROR)
 
+# Torch's own switch: no call of `torch.load`, Megatron's included, unpickles more than tensors, plain values and the
+# classes that Megatron has declared safe.
+os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+
 # The variable first: a process that has asked for GPUs cannot fork ranks that use them.
 HAS_GPU = os.environ.get("NRT_DEVICE", "") != "cpu" and torch.cuda.is_available()
 

@@ -27,6 +27,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from nrt_megatron import checkpoints
 from nrt_megatron.checkpoints import LATEST, MANIFEST, CheckpointMeta, StorageError, step_dir
+from nrt_megatron.convert.dcp_metadata import read_metadata
 from nrt_megatron.mcore import storage
 from nrt_megatron.mcore.optimizer_state import load_optimizer_state, optimizer_state, update_count
 from nrt_megatron.mcore.policy import MegatronPolicy
@@ -259,7 +260,11 @@ def _zero_weights(policy: MegatronPolicy) -> None:
 
 
 def load_weights(checkpoint: Path, policy: MegatronPolicy) -> None:
-    """Fills the weights alone, from a checkpoint of any layout and either layer spec."""
+    """Fills the weights alone, from a checkpoint of any layout and either layer spec.
+
+    Raises ConfigError, before anything is unpickled, when its metadata is not that of a checkpoint.
+    """
+    read_metadata(checkpoint / "dist")
     _zero_weights(policy)
     strict = StrictHandling.LOG_UNEXPECTED
     _fill_weights(policy, dist_checkpointing.load(model_state(policy), str(checkpoint / "dist"), strict=strict))
@@ -273,6 +278,7 @@ def _fill_weights(policy: MegatronPolicy, loaded: dict[str, Any]) -> None:
 def load(checkpoint: Path, policy: MegatronPolicy) -> CheckpointMeta:
     """Fills weights, optimizer, schedule and, at an unchanged world size, random states."""
     meta = CheckpointMeta.read(checkpoint)
+    read_metadata(checkpoint / "dist")
     _zero_weights(policy)
     model = model_state(policy)
     state = {**model, "optimizer": optimizer_state(policy.optimizer, model, loading=True)}

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nrt_megatron.checkpoints import CheckpointMeta
 from nrt_megatron.convert.config import ModelShape
+from nrt_megatron.convert.dcp_metadata import read_metadata
 from nrt_megatron.convert.sample_text import SAMPLE_TEXT
 from nrt_megatron.convert.tokenizer_files import VOCABULARIES
 from nrt_megatron.mcore import runtime
@@ -88,7 +89,7 @@ def sample_ids(hf_dir: Path, shape: ModelShape) -> Tensor:
         from transformers import AutoTokenizer
 
         try:
-            ids = AutoTokenizer.from_pretrained(hf_dir)(SAMPLE_TEXT)["input_ids"]
+            ids = AutoTokenizer.from_pretrained(hf_dir, trust_remote_code=False)(SAMPLE_TEXT)["input_ids"]
             return torch.tensor(ids[: shape.max_position_embeddings])
         except Exception as error:  # the tokenizers library raises bare Exceptions for a closed vocabulary
             reason = f"the tokenizer does not take the sample text ({error})"
@@ -106,7 +107,7 @@ def transformers_logits(hf_dir: Path, ids: Tensor, dtype: str | None = None) -> 
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(hf_dir).float().eval()
+    model = AutoModelForCausalLM.from_pretrained(hf_dir, use_safetensors=True, trust_remote_code=False).float().eval()
     _round(model, dtype)
     return model(ids[None]).logits[0]
 
@@ -114,6 +115,7 @@ def transformers_logits(hf_dir: Path, ids: Tensor, dtype: str | None = None) -> 
 @torch.no_grad()
 def megatron_logits(checkpoint: Path, shape: ModelShape, ids: Tensor, dtype: str | None = None) -> Tensor:
     """float32 [s, padded v] of the checkpoint's weights on one rank, through Megatron's own loading."""
+    read_metadata(checkpoint / "dist")
     with _alone() as cfg:
         (model,) = build_chunks(shape, replace(cfg, transformer_impl="local"))
         with warnings.catch_warnings():
