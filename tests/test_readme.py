@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.data.builders import byte_level_bpe, write_fast
+
 ROOT = Path(__file__).parent.parent
 NRT = [sys.executable, "-m", "nrt_megatron"]
 MARKER = "<|response_start|>"
@@ -22,8 +24,22 @@ DRY_MAKE = ["make", "-n", "--no-print-directory"]
 
 def commands() -> list[str]:
     """The lines of the README's code blocks."""
-    blocks = re.findall(r"```\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    return [line for block in blocks for line in block.strip().splitlines()]
+    return [line for language, line in blocks() if not language]
+
+
+def blocks() -> list[tuple[str, str]]:
+    """(language, line) of every line in a fenced block."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    return [(language, line) for language, block in found for line in block.strip().splitlines()]
+
+
+def check_documented(metrics: list[dict]) -> None:
+    """Every key of the rows stands in the README's table, by itself or below a prefix such as `time/*`."""
+    keys = [cell for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| `") for cell in [line]]
+    named = {name for line in keys for name in re.findall(r"`([\w/*]+)`", line.split("|")[1])}
+    prefixes = tuple(name.removesuffix("*") for name in named if name.endswith("/*"))
+    unknown = {key for row in metrics for key in row if key not in named and not key.startswith(prefixes)}
+    assert not unknown, f"the README's table of metrics has no {sorted(unknown)}"
 
 
 ELSEWHERE = {
@@ -86,6 +102,7 @@ def rows(home: Path, name: str) -> list[dict]:
 def test_make_train_learns_the_sum(home, quickstart):
     printed, metrics = quickstart
     before, after = metrics[0], metrics[-1]
+    check_documented(metrics)
     assert [row["step"] for row in metrics] == list(range(61))
     assert before["eval/accuracy"] < 0.35 and before["eval/accuracy_greedy"] < 0.35
     assert after["eval/accuracy"] > 0.85 and after["eval/accuracy_greedy"] > 0.95
@@ -102,6 +119,7 @@ def test_make_train_learns_the_sum(home, quickstart):
 def test_fine_tuning_on_answers_does_not_learn_the_sum(home, quickstart):
     sh([*NRT, "train", "recipes/sft-tiny-1n0g-cpu.yaml"], home)
     tuned = rows(home, "sft-tiny-1n0g-cpu")[-1]
+    check_documented(rows(home, "sft-tiny-1n0g-cpu"))
     assert tuned["step"] == 60
     assert max(tuned[f"eval/accuracy{kind}"] for kind in ("", "_greedy", "_direct")) < 0.35
 
@@ -131,6 +149,30 @@ def test_convert_train_and_export(home, quickstart):
     ids = tokenizer("012340123401", return_tensors="pt").input_ids
     assert model.generate(ids, max_new_tokens=4, do_sample=False).shape[1] > ids.shape[1]
     assert tokenizer.convert_tokens_to_ids(MARKER) < model.config.vocab_size
+
+
+def test_own_questions(home):
+    """The rows as they stand there, with the command's own overrides; a model of random weights in place of SmolLM2."""
+    (command,) = [shlex.split(c) for c in commands() if "data.train=questions.jsonl" in c]
+    lines = [line for language, line in blocks() if language == "json"]
+    assert len(lines) == 2
+    (home / "questions.jsonl").write_text("\n".join(lines) + "\n")
+    write_fast(home / "letters", byte_level_bpe(), {"eos_token": "</s>"})
+    shape = "{model_type: llama, vocab_size: 512, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2,"
+    shape += " num_attention_heads: 4, num_key_value_heads: 2, max_position_embeddings: 512, tie_word_embeddings: true}"
+    model = ["policy.model.path=null", f"policy.model.config={shape}", "policy.tokenizer.path=letters"]
+    short = [
+        "nrt.max_num_steps=1",
+        'data.prompt_template="{question}"',
+        "evaluation.every=0",
+        "logger.tensorboard=false",
+    ]
+    sh([*NRT, *command[1:], *model, *short], home)
+    metrics = rows(home, "own")
+    assert [row["step"] for row in metrics] == [1]
+    check_documented(metrics)
+    texts = [json.loads(line) for line in (home / "runs/own/samples.jsonl").read_text().splitlines()]
+    assert {sample["answer"] for sample in texts} <= {json.loads(line)["answer"] for line in lines}
 
 
 def test_plan_as_typed(home):
