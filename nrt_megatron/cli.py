@@ -65,11 +65,13 @@ def train(
 
     Starts its own ranks, one per GPU or cluster.cpu_ranks, and joins them where torchrun or srun has started them.
     """
-    from nrt_megatron import launch, stopping
+    from nrt_megatron import stopping
+
+    stopping.leave()  # before the imports that take long
+    from nrt_megatron import launch
     from nrt_megatron.quickstart import check_name
     from nrt_megatron.recipe import check, check_all, check_values, load_recipe, print_notice
 
-    stopping.leave()
     launch.adopt_slurm(os.environ)
     speaks = launch.is_first_rank(os.environ)
     try:
