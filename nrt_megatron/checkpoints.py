@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import zlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Optional
@@ -153,19 +153,31 @@ def none_whole(directory: Path, newest: str) -> StorageError:
     )
 
 
-def prune(directory: Path, step: int, keep_last: int, keep_every: int) -> None:
-    """Deletes checkpoints before `step`, of which one is complete, but the `keep_last` newest and multiples of
-    `keep_every` (0: none of these); and those after it, which the run found damaged and went back behind.
-
-    A directory loses its name first, so that a half-deleted one is never taken for a checkpoint. Raises OSError.
+def prune(directory: Path, step: int, keep_last: int, keep_every: int, spared: Collection[int] = frozenset()) -> None:
+    """Deletes checkpoints before `step`, of which one is complete, but the `keep_last` newest, multiples of
+    `keep_every` (0: none of these) and the steps `spared`; and those after it, which the run found damaged and went
+    back behind. Raises OSError.
     """
     found = newest_first(directory)
     kept = [path for path in found if step_of(path) <= step]
-    kept = kept[:keep_last] + [path for path in kept[keep_last:] if keep_every and step_of(path) % keep_every == 0]
-    for path in found:
-        if path not in kept:
-            path.rename(path.with_name(f".deleting-{path.name}"))
+    stay = {step_of(path) for path in kept if keep_every and step_of(path) % keep_every == 0}.union(spared)
+    kept = kept[:keep_last] + [path for path in kept[keep_last:] if step_of(path) in stay]
+    _let_go(path for path in found if path not in kept)
     clean(directory)
+
+
+def abandon(directory: Path, step: int) -> None:
+    """Deletes checkpoints after `step`, newest first: whichever moment this is cut short in, the newest that is left is
+    one of the same run. Raises OSError."""
+    found = newest_first(directory)
+    _let_go(path for path in found if step_of(path) > step)
+    clean(directory)
+
+
+def _let_go(checkpoints: Iterable[Path]) -> None:
+    """A directory loses its name first, so that a half-deleted one is never taken for a checkpoint."""
+    for path in checkpoints:
+        path.rename(path.with_name(f".deleting-{path.name}"))
 
 
 def clean(directory: Path) -> None:

@@ -7,12 +7,15 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Optional
 
-from nrt_megatron.checkpoints import clean, step_of
+from nrt_megatron.checkpoints import LATEST, abandon, clean, step_dir, step_of
 from nrt_megatron.continuation import record
+from nrt_megatron.mcore import storage
 from nrt_megatron.recipe import ConfigError, Recipe, print_notice
-from nrt_megatron.report import MetricsWriter, Progress, SamplesWriter
-from nrt_megatron.report.samples import PromptSample
+from nrt_megatron.report import MetricsWriter, Progress, SamplesWriter, print_summary, read_metrics
+from nrt_megatron.report.metrics import METRICS_FILE
+from nrt_megatron.report.samples import SAMPLES_FILE, PromptSample
 from nrt_megatron.runlock import hold
+from nrt_megatron.watch import Rollback, rollbacks
 
 
 class Output:
@@ -36,14 +39,40 @@ class Output:
                 clean(self.directory / "checkpoints")
                 changed = record(self.directory, resumed_from, self._recipe)
                 resumed = step_of(resumed_from) if resumed_from else None
-                self._metrics = MetricsWriter(self.directory, resumed, self._recipe.logger.tensorboard)
-                self._open.callback(self._metrics.close)
-                self._samples = SamplesWriter(self.directory, resumed)
-                self._open.callback(self._samples.close)
+                if resumed is None:
+                    rollbacks.forget(self.directory)
+                self._open_logs(resumed)
                 self._progress = self._open.enter_context(Progress(self._recipe.nrt.max_num_steps, resumed or 0))
                 self._progress.say(greeting)
                 if changed:
                     print_notice(changed)
+
+    def _open_logs(self, resumed: Optional[int]) -> None:
+        self._metrics = MetricsWriter(self.directory, resumed, self._recipe.logger.tensorboard)
+        self._open.callback(self._metrics.close)
+        self._samples = SamplesWriter(self.directory, resumed)
+        self._open.callback(self._samples.close)
+
+    def go_back(self, rollback: Rollback) -> None:
+        """Makes a rollback count on disk: its checkpoint is the newest, and rows after it are in its folder alone."""
+        checkpoints = self.directory / "checkpoints"
+        with self.writing() as writes:
+            if writes:
+                rollbacks.keep_rows(self.directory, rollback, (METRICS_FILE, SAMPLES_FILE))
+                storage.replace_text(checkpoints / LATEST, step_dir(checkpoints, rollback.to_step).name)
+                abandon(checkpoints, rollback.to_step)
+                rollbacks.write(self.directory, rollback)
+                self._metrics.close()
+                self._samples.close()
+                self._open_logs(rollback.to_step)
+                where = self.directory / rollbacks.FOLDER / str(rollback.number)
+                self._progress.say(f"{rollback}; what was given up is in {where}")
+
+    def say(self, *lines: str) -> None:
+        """Lines that stay."""
+        with self.writing() as writes:
+            for line in lines if writes else ():
+                self._progress.say(line)
 
     def close(self) -> None:
         """Closes what is open."""
@@ -71,3 +100,13 @@ class Output:
     def write_samples(self, samples: list[PromptSample]) -> None:
         """Lines of samples.jsonl; to be called where `writing` says so."""
         self._samples.write(samples)
+
+    def conclude(self, step: int, last_checkpoint: Optional[Path]) -> None:
+        """Closes the files, and shows the summary of the whole run or where it was left."""
+        total = self._recipe.nrt.max_num_steps
+        self.close()
+        if self._is_main and step == total:
+            print_summary(read_metrics(self.directory), self.directory, last_checkpoint)
+        elif self._is_main:
+            where = f"step {step} of {total}, checkpoint {last_checkpoint or 'none'}"
+            print_notice(f"asked to stop: {where}; the same command goes on from there")

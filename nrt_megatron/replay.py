@@ -43,6 +43,31 @@ def replay_dir(run_dir: Path, step: int) -> Path:
     return run_dir / "replay" / f"step_{step:08d}"
 
 
+def keep(
+    failure: NotFiniteError,
+    run_dir: Path,
+    policy: MegatronPolicy,
+    meta: CheckpointMeta,
+    documents: Callable[[Path], None],
+    limit: int,
+) -> ConfigError:
+    """Writes the batch and the weights it met, and returns the error to end the run with. Collective.
+
+    limit: `nrt.max_skipped_updates`. Raises StorageError on all ranks when the disk refuses.
+    """
+    step, place = meta.step + 1, policy.runtime
+    directory = replay_dir(run_dir, step)
+
+    def write(target: Path) -> None:
+        if place.speaks_for_replica:
+            write_batches(failure.batches, target / f"batch_{place.dp_rank}.safetensors")
+
+    checkpoint.save_weights(directory, policy, meta, documents, write)
+    problem = f"so many updates in a row had a loss or gradient that is not finite, the last in step {step}"
+    remedy = f"look at it with nrt replay {directory}, or set a lower policy.optimizer.lr"
+    return ConfigError.at("nrt.max_skipped_updates", limit, problem, remedy)
+
+
 def write_batches(batches: list[MicroBatch], path: Path) -> None:
     """Micro-batches as one safetensors file: tensor `I.FIELD` of micro-batch I, its numbers as JSON in the header."""
     tensors, numbers = {}, []

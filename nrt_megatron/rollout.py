@@ -19,10 +19,10 @@ class Rollout:
     generated: Generated
 
 
-def rollout(generator: Generator, examples: Sequence[Example], recipe: Recipe, step: int) -> Rollout:
+def rollout(generator: Generator, examples: Sequence[Example], recipe: Recipe, draw: int) -> Rollout:
     """Samples `num_generations_per_prompt` traces for each example and teacher-forces its answer after them.
 
-    The traces depend on (seed, step, example.index, k) and the weights only: not on what else is in the batch,
+    The traces depend on (seed, draw, example.index, k) and the weights only: not on what else is in the batch,
     and not on which data-parallel rank draws them. In the same pass the answer is scored once per prompt
     after the empty trace (b_i).
     """
@@ -32,7 +32,7 @@ def rollout(generator: Generator, examples: Sequence[Example], recipe: Recipe, s
         answers=[example.answer_ids for example in examples],
         num_generations=recipe.nrt.num_generations_per_prompt,
         max_new_tokens=recipe.policy.generation.max_new_tokens,
-        step=step,
+        step=draw,
     )
     return Rollout(list(examples), generator.generate(request))
 

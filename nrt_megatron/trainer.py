@@ -25,7 +25,7 @@ def train(recipe: Recipe) -> bool:
             else:
                 run.refresh_rollout()  # the weights, where rollout has a layout of its own
                 with run.timed("rollout"):
-                    traces = rollout(run.generator, prompts, recipe, run.step + 1)  # K per prompt, scored in place
+                    traces = rollout(run.generator, prompts, recipe, run.draw)  # K per prompt, scored in place
                 scored = score(traces, recipe.nrt)  # c_i, b_i -> rewards -> group-relative advantages
                 grid = sequence_grid(scored, run.marker_ids)
                 run.note(scored)

@@ -128,7 +128,8 @@ class Study:
     def _gradient(self, policy: MegatronPolicy, grid: SequenceGrid) -> dict[str, Tensor]:
         batches = policy.with_own_log_probs(self.batches(grid))
         batches = [replace(batch, sampler_log_probs=None) for batch in batches]  # ratios of 1
-        pipeline.run(policy.ddp, batches, partial(nrt_loss, settings=self.recipe.nrt), device=self.place.device)
+        loss_fn = partial(nrt_loss, settings=self.recipe.nrt)
+        pipeline.run(policy.ddp, batches, loss_fn, device=self.place.device, stopwatch=policy.forwards)
         return {name: p.main_grad.clone() for chunk in policy.chunks for name, p in chunk.named_parameters()}
 
     def gap(self, policy: MegatronPolicy, fp8: str) -> tuple[float, float]:

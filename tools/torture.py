@@ -45,7 +45,7 @@ REDUCED = (
     "logger.tensorboard=false",
 )
 """What makes the recipe's steps short, so that kills and not training take the time."""
-VARYING = ("time/", "memory/")
+VARYING = ("time/", "memory/", "straggler/")
 """Metrics that differ from run to run."""
 PATIENCE_S = 300.0
 GRACE_S = 10.0

@@ -10,7 +10,7 @@ import json
 import os
 import random
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -65,6 +65,8 @@ class Saver:
         self._directory, self._cfg = directory, cfg
         self._save: Optional[_Save] = None
         """The one being written."""
+        self.spared: Collection[int] = ()
+        """Steps whose checkpoints are kept whatever the recipe says."""
 
     def save(self, policy: MegatronPolicy, meta: CheckpointMeta, documents: Callable[[Path], None]) -> Path:
         """Begins a checkpoint, after the one before it is complete; completes it unless `async_save` is set.
@@ -90,7 +92,7 @@ class Saver:
         save, self._save = self._save, None
         if save is not None:
             save.finish()
-            _on_main(self._directory, _retire, save.final, self._cfg)
+            _on_main(self._directory, _retire, save.final, self._cfg, self.spared)
 
 
 def save_weights(
@@ -200,12 +202,12 @@ def _publish(temporary: Path, final: Path) -> None:
     checkpoints.clean(directory)
 
 
-def _retire(final: Path, cfg: Checkpointing) -> None:
+def _retire(final: Path, cfg: Checkpointing, spared: Collection[int]) -> None:
     """Gives a complete checkpoint the marker, then lets older ones go."""
     directory = final.parent
     storage.replace_text(directory / LATEST, final.name)
     storage.flush_one(directory)
-    checkpoints.prune(directory, checkpoints.step_of(final), cfg.keep_last, cfg.keep_every)
+    checkpoints.prune(directory, checkpoints.step_of(final), cfg.keep_last, cfg.keep_every, spared)
 
 
 def _gathered(mine: dict[str, Any]) -> dict[str, Any]:
@@ -228,14 +230,14 @@ def _writer(file: str) -> int:
     return int(name.split("_")[2]) if name.startswith("__") else 0
 
 
-def find(directory: Path, say: Callable[[str], None]) -> Optional[Path]:
-    """The newest checkpoint that is whole, every byte of it read; None when there is none at all.
+def find(directory: Path, say: Callable[[str], None], until: Optional[int] = None) -> Optional[Path]:
+    """The newest checkpoint, of step `until` at most, that is whole, every byte of it read; None when there is none.
 
     Collective: ranks share the reading, and agree. `say` gets one line for every damaged one passed over, on the
     main rank. Raises StorageError when there are checkpoints and none is whole.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
-    found = [checkpoints.newest_first(directory)]
+    found = [[c for c in checkpoints.newest_first(directory) if until is None or checkpoints.step_of(c) <= until]]
     dist.broadcast_object_list(found)
     reasons: list[str] = []
     for checkpoint in found[0]:
@@ -273,6 +275,7 @@ def load_weights(checkpoint: Path, policy: MegatronPolicy) -> None:
 def _fill_weights(policy: MegatronPolicy, loaded: dict[str, Any]) -> None:
     for index, chunk in enumerate(policy.chunks):
         chunk.load_state_dict(loaded[f"model{index}"])
+    policy.version += 1
 
 
 def load(checkpoint: Path, policy: MegatronPolicy) -> CheckpointMeta:
@@ -288,6 +291,7 @@ def load(checkpoint: Path, policy: MegatronPolicy) -> CheckpointMeta:
     loaded = dist_checkpointing.load(state, str(checkpoint / "dist"), validate_access_integrity=False)
     _fill_weights(policy, loaded)
     load_optimizer_state(policy.optimizer, model_state(policy), loaded["optimizer"], loaded["optimizer_step"])
+    policy.scheduler.num_steps = 0  # Megatron adds what it loads: a rollback loads in the middle of a run
     policy.scheduler.load_state_dict(loaded["scheduler"])
     if "random_state" in loaded:
         _restore_random_state(loaded["random_state"])

@@ -15,6 +15,7 @@ from nrt_megatron.data.batch import MicroBatch
 from nrt_megatron.mcore.attention import hidden_columns
 from nrt_megatron.mcore.context import Share, of_all_ranks, share_of
 from nrt_megatron.mcore.model import ScoredTokens, unwrap
+from nrt_megatron.mcore.stopwatch import Stopwatch
 from nrt_megatron.objective.loss import LossOutput, TokenBatch
 
 LossFunction = Callable[[TokenBatch], LossOutput]
@@ -93,6 +94,7 @@ def run(
     loss_fn: LossFunction | None,
     *,
     device: torch.device,
+    stopwatch: Stopwatch,
     forward_only: bool = False,
 ) -> list[MicroBatchResult]:
     """Runs all micro-batches through the pipeline; gradients end up reduced and divided by the number of
@@ -107,7 +109,7 @@ def run(
     shared = [(batch, share_of(batch)) for batch in moved]  # before a stage could wait for another one
     iterators = [iter(shared) for _ in chunks]
     return get_forward_backward_func()(
-        forward_step_func=_forward_step(loss_fn),
+        forward_step_func=stopwatch.measuring(_forward_step(loss_fn)),
         data_iterator=iterators if len(chunks) > 1 else iterators[0],
         model=chunks if len(chunks) > 1 else chunks[0],
         num_microbatches=len(batches),

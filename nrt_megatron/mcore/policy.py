@@ -17,6 +17,7 @@ from nrt_megatron.mcore.model import PolicyModel, build_chunks, use_transformer_
 from nrt_megatron.mcore.optim import GuardedOptimizer, build_optimizer, build_scheduler
 from nrt_megatron.mcore.precision import describe, token_multiple
 from nrt_megatron.mcore.runtime import Runtime
+from nrt_megatron.mcore.stopwatch import Stopwatch
 from nrt_megatron.recipe import Policy as PolicyRecipe
 
 
@@ -42,7 +43,9 @@ class MegatronPolicy:
         self.skipped_in_a_row = 0
         """Updates since the last one that was applied."""
         self.version = 0
-        """Changes with the weights: updates of this process that were applied."""
+        """Changes with the weights: updates of this process that were applied, and checkpoints loaded."""
+        self.forwards = Stopwatch()
+        """Of the forward passes of updates."""
         self.optimizer: GuardedOptimizer
         self.scheduler: OptimizerParamScheduler
 
@@ -95,7 +98,7 @@ class MegatronPolicy:
         for chunk in self.ddp:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        return pipeline.run(self.ddp, batches, loss_fn, device=self.runtime.device)
+        return pipeline.run(self.ddp, batches, loss_fn, device=self.runtime.device, stopwatch=self.forwards)
 
     def grad_norm(self) -> float:
         """Norm of the gradients that are there, before clipping. Collective."""
@@ -129,4 +132,5 @@ class MegatronPolicy:
     @torch.no_grad()
     def log_probs(self, batches: list[MicroBatch]) -> list[pipeline.MicroBatchResult]:
         """Log-probs and entropies of the scored tokens by a full forward; on the last stage only."""
-        return pipeline.run(self.ddp, batches, None, device=self.runtime.device, forward_only=True)
+        measured = {"device": self.runtime.device, "stopwatch": self.forwards}
+        return pipeline.run(self.ddp, batches, None, **measured, forward_only=True)

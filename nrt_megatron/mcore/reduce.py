@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from nrt_megatron.mcore.place import Place
 from nrt_megatron.objective.metrics import Metrics, Number
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -61,4 +64,18 @@ def reduce_max(values: list[float], device: torch.device) -> list[float]:
     """The largest of each value over all ranks. Collective."""
     table = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(table, dist.ReduceOp.MAX)
+    return table.tolist()
+
+
+def from_main(value: T) -> T:
+    """What the main rank has in place of `value`, a small object. Collective."""
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+def from_all(values: list[float], device: torch.device) -> list[list[float]]:
+    """The values of every rank, in rank order. Collective; all ranks have as many."""
+    table = torch.empty(dist.get_world_size(), len(values), dtype=torch.float64, device=device)
+    dist.all_gather(list(table), torch.tensor(values, dtype=torch.float64, device=device))
     return table.tolist()

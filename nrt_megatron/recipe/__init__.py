@@ -36,3 +36,4 @@ from nrt_megatron.recipe.schema import (
     SequencePacking,
     Tokenizer,
 )
+from nrt_megatron.recipe.watch import Sign, Watch

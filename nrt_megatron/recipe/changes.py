@@ -15,6 +15,7 @@ _LAYOUT = (
     "cluster.",
     "checkpointing.",
     "logger.",
+    "watch.straggler_",
     "prepare",
     "data.train",  # another file than the one the run began with is refused by its content
     "evaluation.batch_size",

@@ -11,10 +11,11 @@ from nrt_megatron.recipe.layout import (
     check_sequence_cut,
     check_training_batch,
 )
-from nrt_megatron.recipe.limits import check_values
+from nrt_megatron.recipe.limits import SIGNS, check_values
 from nrt_megatron.recipe.precision import check_precision
 from nrt_megatron.recipe.rollout_layout import check_model_shape, check_rollout_layout
 from nrt_megatron.recipe.schema import Recipe
+from nrt_megatron.recipe.watch import Sign
 
 
 def check(recipe: Recipe) -> None:
@@ -35,6 +36,7 @@ def check(recipe: Recipe) -> None:
         _check_objective,
         _check_lengths,
         _check_schedule,
+        _check_watch,
     )
     check_all(*(partial(check, recipe) for check in independent))
     check_batches(recipe)
@@ -169,3 +171,15 @@ def _check_schedule(recipe: Recipe) -> None:
         raise ConfigError.at(
             "evaluation.every", recipe.evaluation.every, problem, "set data.validation, or evaluation.every=0"
         )
+
+
+def _check_watch(recipe: Recipe) -> None:
+    for name in SIGNS:
+        sign: Sign = getattr(recipe.watch, name)
+        if sign.below is not None and sign.above is not None and sign.below > sign.above:
+            problem = f"above watch.{name}.above = {sign.above}, so that every value would be outside"
+            raise ConfigError.at(f"watch.{name}.below", sign.below, problem, f"set at most {sign.above}")
+        if sign.below is None and sign.above is None and sign.action != "warn":
+            problem = f"the sign has no bound, so that it would never {sign.action}"
+            remedy = f"set watch.{name}.below or watch.{name}.above, or warn"
+            raise ConfigError.at(f"watch.{name}.action", sign.action, problem, remedy)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import operator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_type_hints
 
 from nrt_megatron.recipe.errors import ConfigError
 from nrt_megatron.recipe.keys import leaf_types
 from nrt_megatron.recipe.presets import PRESETS
 from nrt_megatron.recipe.schema import Recipe
+from nrt_megatron.recipe.watch import Sign, Watch
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,9 @@ ABOVE_ZERO = Range(0, open_low=True)
 NOT_NEGATIVE = Range(0)
 FRACTION = Range(0, 1)
 BETA = Range(0, 1, open_high=True)
+
+SIGNS = tuple(name for name, kind in get_type_hints(Watch).items() if kind is Sign)
+"""Keys of `watch` that are signs of collapse."""
 
 RANGES: dict[str, Range] = {
     "nrt.num_prompts_per_step": Range(1, 2**20),
@@ -100,6 +104,11 @@ RANGES: dict[str, Range] = {
     "checkpointing.keep_every": COUNT,
     "logger.samples_every": COUNT,
     "logger.samples_num_prompts": POSITIVE,
+    **{f"watch.{sign}.{bound}": NOT_NEGATIVE for sign in SIGNS for bound in ("below", "above")},
+    **{f"watch.{sign}.steps": POSITIVE for sign in SIGNS},
+    "watch.max_rollbacks": COUNT,
+    "watch.straggler_ratio": Range(1, open_low=True),
+    "watch.straggler_steps": POSITIVE,
     "cluster.num_nodes": POSITIVE,
     "cluster.gpus_per_node": COUNT,
     "cluster.cpu_ranks": POSITIVE,
@@ -131,6 +140,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "policy.generation.fp8": ("same", "none"),
     "policy.scheduler.lr_decay_style": ("constant", "linear", "cosine"),
     "data.on_bad_row": ("error", "drop"),
+    **{f"watch.{sign}.action": ("warn", "stop", "rollback") for sign in SIGNS},
 }
 """Keys with a closed list of values."""
 

@@ -1,8 +1,8 @@
 """Every recipe key, its type and its default, in one place.
 
 Sections follow NeMo-RL's recipes; `policy.megatron_cfg` carries Megatron-Core's own names. A default lives here
-(`policy.megatron_cfg`: in `megatron.py`) and nowhere else; what a value may be is in `limits.py`. The classes are
-frozen: a run's recipe never changes.
+(`policy.megatron_cfg`: in `megatron.py`, `watch`: in `watch.py`) and nowhere else; what a value may be is in
+`limits.py`. The classes are frozen: a run's recipe never changes.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Optional
 
 from nrt_megatron.recipe.megatron import Megatron
+from nrt_megatron.recipe.watch import Watch
 
 MISSING = "???"  # OmegaConf's mark of a key that every recipe must set
 
@@ -285,4 +286,5 @@ class Recipe:
     evaluation: Evaluation = field(default_factory=Evaluation)
     checkpointing: Checkpointing = field(default_factory=Checkpointing)
     logger: Logger = field(default_factory=Logger)
+    watch: Watch = field(default_factory=Watch)
     cluster: Cluster = field(default_factory=Cluster)

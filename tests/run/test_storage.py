@@ -183,13 +183,13 @@ def say_on_file(directory: Path) -> Callable[[], None]:
     """Notices of the main rank go to the file `said`."""
 
     def before() -> None:
-        from nrt_megatron import run
+        from nrt_megatron import output, run
 
         def say(line: str) -> None:
             with open(directory / "said", "a") as file:
                 file.write(line + "\n")
 
-        run.print_notice = say
+        run.print_notice = output.print_notice = say
 
     return before
 

@@ -41,7 +41,7 @@ MODEL = {
     "initializer_range": 0.2,
     "torch_dtype": "float32",
 }
-VARYING = ("time/", "memory/")
+VARYING = ("time/", "memory/", "straggler/")
 """Metrics that differ from run to run."""
 
 
