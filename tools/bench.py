@@ -1,28 +1,33 @@
-"""Three ratios in one run: `torchrun --standalone --nproc-per-node 2 tools/bench.py` (two pipeline stages).
+"""Four ratios in one run: `torchrun --standalone --nproc-per-node 2 tools/bench.py` (two pipeline stages).
 
 - packing: an update on trees against the same update on one row per trace;
 - scoring: c_i and b_i teacher-forced on the rollout's cache against full forwards of every sequence, the baseline
   once per trace, as the authors' code does;
-- turns: a rollout in batches of two prompts that take turns on the stages, against one after the other.
+- turns: a rollout in batches of two prompts that take turns on the stages, against one after the other;
+- saving: for how long training stands still for a checkpoint that is written meanwhile, against one it waits for.
 """
 
 from __future__ import annotations
 
 import json
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
+from nrt_megatron.checkpoints import CheckpointMeta
 from nrt_megatron.convert.config import ModelShape
 from nrt_megatron.convert.seeded import SeededWeights
 from nrt_megatron.data import Example
 from nrt_megatron.data.batch import micro_batches
-from nrt_megatron.mcore import runtime
+from nrt_megatron.mcore import checkpoint, runtime
 from nrt_megatron.mcore.generate import MegatronGenerator
 from nrt_megatron.mcore.policy import MegatronPolicy
-from nrt_megatron.recipe import NRT, Generation, Megatron, Policy, Recipe, SequencePacking
+from nrt_megatron.recipe import NRT, Checkpointing, Generation, Megatron, Policy, Recipe, SequencePacking
 from nrt_megatron.rollout import Rollout, rollout
 from nrt_megatron.scoring import answers_only, score, sequence_grid
 from nrt_megatron.update import update
@@ -70,6 +75,28 @@ def full_forwards(policy: MegatronPolicy, done: Rollout) -> None:
         policy.log_probs(micro_batches(rows, torch.arange(len(rows)), K, temperature=1.0))
 
 
+def standstill(policy: MegatronPolicy, directory: Path, async_save: bool) -> float:
+    """Seconds that saving takes of the training loop, the best of REPEATS: to begin a checkpoint and to complete it."""
+    saver = checkpoint.Saver(directory, Checkpointing(keep_last=1, async_save=async_save))
+    times = []
+    for step in range(1, REPEATS + 2):
+        dist.barrier()
+        started = time.perf_counter()
+        saved = saver.save(policy, CheckpointMeta(step, dist.get_world_size(), CONFIG), lambda _: None)
+        begun = time.perf_counter() - started
+        completed, done = 0.0, [not async_save]
+        while not done[0]:
+            time.sleep(0.05)  # of a training step
+            dist.barrier()
+            started = time.perf_counter()
+            saver.poll()
+            completed = time.perf_counter() - started
+            done = [saved.exists()]
+            dist.broadcast_object_list(done)
+        times.append(begun + completed)
+    return min(times[1:])
+
+
 def main() -> None:
     place = runtime.initialize(RECIPE)
     shape = ModelShape.from_hf(CONFIG)
@@ -91,10 +118,15 @@ def main() -> None:
         return seconds(lambda: rollout(small, examples, RECIPE, 1))
 
     in_place = min(rollout(generator, examples, RECIPE, 1).generated.scoring_seconds for _ in range(REPEATS))
+    with tempfile.TemporaryDirectory() as mine:
+        names = [mine]
+        dist.broadcast_object_list(names)
+        waits, goes_on = (standstill(policy, Path(names[0]) / str(ahead), ahead) for ahead in (False, True))
     result = {
         "packing": seconds(lambda: update(policy, grid, RECIPE)) / seconds(lambda: update(policy, grid, packed)),
         "scoring": seconds(lambda: full_forwards(policy, done)) / in_place,
         "turns": roll(1) / roll(4),
+        "saving": waits / goes_on,
     }
     if place.is_main:
         print(json.dumps({name: round(ratio, 2) for name, ratio in result.items()}))

@@ -10,7 +10,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import numpy as np
@@ -21,6 +21,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from nrt_megatron.mcore import HAS_GPU
+from nrt_megatron.mcore.heartbeats import Heartbeats, connect
 from nrt_megatron.mcore.place import Place
 from nrt_megatron.recipe import Recipe
 
@@ -32,6 +33,7 @@ class Runtime(Place):
     timeout_s: float
     current_phase: str = "start"
     """What the rank is doing; named in the message when it fails or hangs."""
+    heartbeats: Heartbeats = field(default_factory=Heartbeats)
 
     @property
     def is_main(self) -> bool:
@@ -46,7 +48,8 @@ class Runtime(Place):
         watchdog.daemon = True
         watchdog.start()
         try:
-            yield
+            with self.heartbeats.section(name):
+                yield
             self.current_phase = previous  # left as it was on failure, so that the message can name it
         finally:
             watchdog.cancel()
@@ -104,6 +107,7 @@ def initialize(recipe: Recipe) -> Runtime:
         cp_size=cfg.context_parallel_size,
         groups=ProcessGroupCollection.use_mpu_process_groups(),
         timeout_s=timeout.total_seconds(),
+        heartbeats=connect(speaks=dist.get_rank() == 0),
     )
 
 
