@@ -196,11 +196,9 @@ def test_a_real_model_on_real_text(home, smollm2_dir):
     lines = sh([*DRY_MAKE, "smollm2", short], ROOT).splitlines()
     lines = lines[next(i for i, line in enumerate(lines) if "fetch_smollm2" in line) :]
     assert len(lines) == 6
+    here = {"nrt": shlex.join(NRT), "python": shlex.quote(sys.executable)}
     for line in lines:
-        sh(
-            ["bash", "-c", line.replace(".venv/bin/nrt", shlex.join(NRT)).replace(".venv/bin/python", sys.executable)],
-            home,
-        )
+        sh(["bash", "-c", re.sub(r"\.venv/bin/(nrt|python)", lambda found: here[found[1]], line)], home)
     metrics = rows(home, "nrt-smollm2-135m-1n0g-cpu")
     assert metrics[-1]["step"] == 1 and metrics[-1]["logprob_gap/max"] < 1e-3
     (sample, *_) = (home / "runs/nrt-smollm2-135m-1n0g-cpu/samples.jsonl").read_text().splitlines()
