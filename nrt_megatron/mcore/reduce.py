@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from nrt_megatron.mcore.place import Place
 from nrt_megatron.objective.metrics import Metrics, Number
@@ -33,7 +34,7 @@ class StepMetrics:
             old = self.sums.get(name, (0.0, 0.0))
             self.sums[name] = (old[0] + total, old[1] + count)
         for name, value in (maxima or {}).items():
-            self.maxima[name] = max(float(value), float(self.maxima.get(name, -torch.inf)))
+            self.maxima[name] = _larger(value, self.maxima.get(name, -torch.inf))
 
     def reduce(self, place: Place) -> dict[str, float]:
         """The row of a step. Collective: every rank calls it; to sums one rank of each model replica contributes.
@@ -43,8 +44,8 @@ class StepMetrics:
         contributes = place.speaks_for_replica
         names, phases, peaks = sorted(self.sums), sorted(self.tokens), sorted(self.maxima)
         rows = [self.sums[n] for n in names] + [(self.tokens[p], 0.0) for p in phases]
-        pairs = _table(rows, (0.0, 0.0), contributes).to(place.device)  # [names + phases, 2]
-        tops = _table([(self.maxima[n],) for n in peaks], (-torch.inf,), True).to(place.device)
+        pairs = _table(rows if contributes else [(0.0, 0.0)] * len(rows), 2, place.device)  # [names + phases, 2]
+        tops = _table([(self.maxima[n],) for n in peaks], 1, place.device)
         dist.all_reduce(pairs)
         dist.all_reduce(tops, dist.ReduceOp.MAX)
         totals = pairs.tolist()
@@ -54,10 +55,24 @@ class StepMetrics:
         return row | self.values
 
 
-def _table(rows: list[tuple[Number, ...]], nothing: tuple[float, ...], contributes: bool) -> torch.Tensor:
-    """float64 [rows, width]; filled with `nothing` on ranks that do not contribute."""
-    filled = [[float(x) for x in row] if contributes else list(nothing) for row in rows]
-    return torch.tensor(filled, dtype=torch.float64).reshape(-1, len(nothing))
+def _larger(a: Number, b: Number) -> Number:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return torch.maximum(a, b)
+    if isinstance(a, Tensor):
+        return a.clamp(min=float(b))
+    return b.clamp(min=a) if isinstance(b, Tensor) else max(a, b)
+
+
+def _table(rows: list[tuple[Number, ...]], width: int, device: torch.device) -> Tensor:
+    """float64 [rows, width]. Numbers that are tensors stay on their device: the host does not wait for any of them."""
+    entries = [entry for row in rows for entry in row]
+    known = [0.0 if isinstance(entry, Tensor) else float(entry) for entry in entries]
+    table = torch.tensor(known, dtype=torch.float64, device=device)
+    measured = {i: entry for i, entry in enumerate(entries) if isinstance(entry, Tensor)}
+    if measured:
+        values = torch.stack([entry.detach().to(device, torch.float64).reshape(()) for entry in measured.values()])
+        table[torch.tensor([*measured], device=device)] = values
+    return table.view(-1, width)
 
 
 def reduce_max(values: list[float], device: torch.device) -> list[float]:
