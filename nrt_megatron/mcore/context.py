@@ -90,7 +90,7 @@ def whole(own: Tensor, group: ProcessGroup) -> Tensor:
 def with_whole(own: Tensor, group: ProcessGroup, attend: Callable[[Tensor], Tensor]) -> Tensor:
     """`attend(whole(own))`, of which autograd keeps a rank's own part: the whole is gathered again on the way back.
 
-    Gathered at one place of that way, on every rank: how often kernels ask for what they saved may differ between ranks.
+    Gathered at one place of that way, on every rank: how often kernels ask for what they saved may differ by rank.
     """
     if not torch.is_grad_enabled():
         return attend(whole(own, group))

@@ -76,7 +76,7 @@ class TokenBatch:
     entropy: Optional[Tensor] = None
     """float, entropy of the policy where the token was drawn (nats); only reported"""
     sampler_log_probs: Optional[Tensor] = None
-    """float, the sampler's log-probs where `old_log_probs` are the trainer's: weighs the trace term; None: no weights"""
+    """float, the sampler's log-probs where `old_log_probs` are the trainer's: weighs the trace term; None: none"""
 
 
 @dataclass(frozen=True)

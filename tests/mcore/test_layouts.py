@@ -173,7 +173,7 @@ def test_packing_the_traces_of_a_prompt_as_a_tree_changes_nothing(alone, mbs, na
 
 
 def test_the_weights_did_move(alone):
-    directory, shape, rows, weights = alone
+    directory, _, rows, weights = alone
     from safetensors.torch import load_file
 
     before = load_file(directory / "model.safetensors")

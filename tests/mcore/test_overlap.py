@@ -1,4 +1,4 @@
-"""Exchanges that overlap with the passes, as the recipes for GPUs have them: the same updates, and whole weights after."""
+"""Exchanges that overlap with the passes, as the recipes for GPUs have them: the same updates, whole weights after."""
 
 from __future__ import annotations
 

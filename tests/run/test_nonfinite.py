@@ -1,4 +1,4 @@
-"""An update that is not finite changes nothing, is counted, and ends the run after some in a row, with its batch kept."""
+"""An update that is not finite changes nothing, is counted, and ends the run after some in a row, its batch kept."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_too_many_in_a_row_end_the_run_and_keep_the_batch(tmp_path, layout, caps
 
 
 def replayed(directory: Path, settings, capsys) -> None:
-    """Nothing was wrong with the batch itself, so that replayed on one rank it has the loss and norm of a sound update."""
+    """Nothing was wrong with the batch itself, so replayed on one rank it has the loss and norm of a sound update."""
     from tests.distributed import run_ranks
 
     lines = run_ranks(1, replayed_lines, directory, settings)[0]

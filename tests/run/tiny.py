@@ -117,7 +117,7 @@ def train_ranks(
 def work_ranks(
     settings: Recipe, ranks: int, before: Optional[Callable[[], None]] = None, timeout: float = 120.0
 ) -> tuple[list[int], str]:
-    """As `train_ranks`, through the worker that every launcher starts: exit codes, and what all ranks wrote to stderr."""
+    """As `train_ranks`, through the worker that every launcher starts: exit codes, and what ranks wrote to stderr."""
     directory = Path(settings.run_dir).parent
     (directory / "worker.yaml").write_text(to_yaml(settings))
     (directory / "stderr").write_text("")

@@ -261,7 +261,7 @@ def test_a_signal_reaches_ranks_through_scancel_and_requeues(job: Allocation):
 
 
 def test_no_request_to_stop_outlives_its_attempt(job: Allocation):
-    # scancel repeats for a minute what Slurm refuses for a job that is completing, and the requeued job has the same id.
+    # scancel repeats for a minute what Slurm refuses for a job that is completing, and a requeued job has the same id.
     job.stub("bin/scancel", 'sleep 3; echo "scancel came late" >> "$CALLS"')
     script = 'kill -USR1 $PPID; until grep -q ^scancel "$CALLS"; do sleep 0.05; done; '
     job.stub("bin/srun", script + 'echo 75 n1 > "${@: -1}"/rank-0000.exit')
