@@ -98,7 +98,7 @@ class Study:
             vocab_size=self.inputs.shape.vocab_size,
             seed=self.recipe.nrt.seed,
         )
-        return rollout(generator, self.examples, self.recipe, step=1)
+        return rollout(generator, self.examples, self.recipe, draw=1)
 
     def batches(self, grid: SequenceGrid) -> list[MicroBatch]:
         """The grid in its own order."""

@@ -36,7 +36,7 @@ def step(directory, layout: dict, temperature: float) -> dict[str, float]:
         vocab_size=tiny.VOCAB, seed=1,
     )  # fmt: skip
     examples = [Example(i, p, (20 + i, 21, 2), "", "") for i, p in enumerate(PROMPTS)]
-    scored = score(rollout(generator, local_share(examples, recipe, policy.runtime), recipe, step=1), recipe.nrt)
+    scored = score(rollout(generator, local_share(examples, recipe, policy.runtime), recipe, draw=1), recipe.nrt)
     metrics = update(policy, sequence_grid(scored, MARKER), recipe)
     metrics.add(scored.metrics, scored.maxima)
     return metrics.reduce(policy.runtime)
