@@ -25,7 +25,7 @@ from nrt_megatron.data.batch import MicroBatch
 from nrt_megatron.mcore import checkpoint, runtime
 from nrt_megatron.mcore.policy import MegatronPolicy
 from nrt_megatron.objective.loss import LossOutput, TokenBatch, nrt_loss
-from nrt_megatron.recipe import ConfigError, Megatron, Recipe
+from nrt_megatron.recipe import ConfigError, Recipe, uncut
 
 _NUMBERS = "numbers"
 
@@ -148,21 +148,6 @@ def replay(directory: Path, recipe: Recipe) -> None:
     for line in examine(policy, batches, partial(nrt_loss, settings=recipe.nrt)):
         print(prefix + line, flush=True)
     runtime.shutdown()
-
-
-def uncut(megatron: Megatron) -> Megatron:
-    """The same model on one rank."""
-    return replace(
-        megatron,
-        tensor_model_parallel_size=1,
-        pipeline_model_parallel_size=1,
-        virtual_pipeline_model_parallel_size=None,
-        context_parallel_size=1,
-        sequence_parallel=False,
-        use_distributed_optimizer=False,
-        overlap_param_gather=False,
-        overlap_grad_reduce=False,
-    )
 
 
 def _parameters(policy: MegatronPolicy) -> Iterator[tuple[str, torch.nn.Parameter]]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from nrt_megatron.recipe.errors import ConfigError
+from nrt_megatron.recipe.megatron import Megatron
 from nrt_megatron.recipe.precision import check_precision_shape
 from nrt_megatron.recipe.schema import Recipe
 
@@ -26,6 +28,21 @@ def model_parallel_size(recipe: Recipe) -> int:
     """Ranks that hold one replica of the model: TP x PP x CP."""
     cfg = recipe.policy.megatron_cfg
     return cfg.tensor_model_parallel_size * cfg.pipeline_model_parallel_size * cfg.context_parallel_size
+
+
+def uncut(cfg: Megatron) -> Megatron:
+    """The same model on one rank."""
+    return replace(
+        cfg,
+        tensor_model_parallel_size=1,
+        pipeline_model_parallel_size=1,
+        virtual_pipeline_model_parallel_size=None,
+        context_parallel_size=1,
+        sequence_parallel=False,
+        use_distributed_optimizer=False,
+        overlap_param_gather=False,
+        overlap_grad_reduce=False,
+    )
 
 
 def data_parallel_size(recipe: Recipe) -> int:

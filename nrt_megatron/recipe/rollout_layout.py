@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from nrt_megatron.recipe.errors import ConfigError
-from nrt_megatron.recipe.layout import check_training_shape, divisors, is_size, listed, nearest, world_size
+from nrt_megatron.recipe.layout import check_training_shape, divisors, is_size, listed, nearest, uncut, world_size
 from nrt_megatron.recipe.megatron import Megatron
 from nrt_megatron.recipe.schema import Policy, Recipe
 
@@ -40,20 +40,14 @@ def rollout_megatron(policy: Policy) -> Megatron:
         return policy.megatron_cfg
     cfg, (tp, pp) = policy.megatron_cfg, rollout_sizes(policy)
     return replace(
-        cfg,
+        uncut(cfg),
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
-        virtual_pipeline_model_parallel_size=None,
-        context_parallel_size=1,
-        sequence_parallel=False,
         account_for_embedding_in_pipeline_split=False,
         account_for_loss_in_pipeline_split=False,
         recompute_granularity=None,
         recompute_method=None,
         recompute_num_layers=None,
-        use_distributed_optimizer=False,
-        overlap_grad_reduce=False,
-        overlap_param_gather=False,
         make_vocab_size_divisible_by=cfg.make_vocab_size_divisible_by * cfg.tensor_model_parallel_size // tp,
     )
 
