@@ -15,10 +15,10 @@ import yaml
 
 from nrt_megatron import worker
 from nrt_megatron.recipe import Recipe, check, load_recipe, to_yaml
-from nrt_megatron.report import read_metrics
 from nrt_megatron.trainer import train
 from tests.data.builders import word_level, write_fast, write_jsonl
 from tests.distributed import run_ranks
+from tools.torture import rows_of
 
 TP, PP, VPP, DISTOPT, SP, CP = (
     "tensor_model_parallel_size",
@@ -41,8 +41,6 @@ MODEL = {
     "initializer_range": 0.2,
     "torch_dtype": "float32",
 }
-VARYING = ("time/", "memory/", "straggler/")
-"""Metrics that differ from run to run."""
 
 
 def write_inputs(directory: Path) -> dict[str, Any]:
@@ -99,7 +97,7 @@ def recipe(inputs: Mapping[str, Any], *overrides: str, ranks: int = 1, **megatro
 
 def rows(run_dir: Path | str) -> list[dict[str, Any]]:
     """metrics.jsonl without what differs from run to run."""
-    return [{k: v for k, v in row.items() if not k.startswith(VARYING)} for row in read_metrics(Path(run_dir))]
+    return rows_of(Path(run_dir))
 
 
 def samples(run_dir: Path | str) -> list[dict[str, Any]]:
