@@ -14,9 +14,8 @@ from nrt_megatron.convert.importer import import_hf
 from nrt_megatron.data import Example
 from nrt_megatron.data.batch import SequenceGrid, micro_batch, micro_batches
 from nrt_megatron.mcore import HAS_GPU, runtime
-from nrt_megatron.mcore import checkpoint as checkpoint_room
 from nrt_megatron.mcore.attention import SDPACoreAttention, hidden_columns
-from nrt_megatron.mcore.checkpoint import load_weights
+from nrt_megatron.mcore.checkpoint import Saver, load, load_weights
 from nrt_megatron.mcore.generate import MegatronGenerator
 from nrt_megatron.mcore.model import build_chunks, use_transformer_engine
 from nrt_megatron.mcore.policy import MegatronPolicy
@@ -179,18 +178,18 @@ def test_a_converted_checkpoint_loads(checkpoint, tmp_path, fields):
     assert torch.equal(log_probs(policy), expected)
 
 
-@pytest.mark.parametrize("name", ["te fp32", "te bf16 distopt", "te fp8 tensorwise", "te fp8 weights"])
+@pytest.mark.parametrize("name", ["local fp32", "te fp32", "te bf16 distopt", "te fp8 tensorwise", "te fp8 weights"])
 def test_a_run_goes_on_from_its_checkpoint(llama, tmp_path, name):
     fields = STEPS[name][0]
     needs(fields)
     policy, recipe = tiny.policy(llama, settings(fields)), settings(fields)
     steps(policy, recipe, 1)
     meta = CheckpointMeta(1, 1, policy.shape.to_hf())
-    saved = checkpoint_room.save(tmp_path, policy, meta, lambda path: None, Checkpointing())
+    saved = Saver(tmp_path, Checkpointing()).save(policy, meta, lambda path: None)
     (expected,), left_at = steps(policy, recipe, 1), log_probs(policy)
     runtime.shutdown()
     again = tiny.policy(llama, recipe)
-    checkpoint_room.load(saved, again)
+    load(saved, again)
     (row,) = steps(again, recipe, 1)
     for key in ("loss", "grad_norm", "lr"):
         assert row[key] == pytest.approx(expected[key], rel=1e-5), key
