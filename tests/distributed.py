@@ -6,7 +6,6 @@ import faulthandler
 import os
 import pickle
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -14,12 +13,6 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def _rank_main(fn: Callable, rank: int, world_size: int, port: int, out: Path, args: tuple) -> int:
@@ -50,10 +43,11 @@ def run_ranks(world_size: int, fn: Callable, *args: Any, timeout: float = 120.0)
     `timeout` seconds pass, all ranks are ended and the failure shows every rank's output and stack.
     """
     import torch
+    from torch.distributed.elastic.utils.distributed import get_free_port
 
     torch.set_num_threads(1)  # a forked child must not inherit a live OpenMP pool
     with tempfile.TemporaryDirectory() as tmp:
-        out, port = Path(tmp), _free_port()
+        out, port = Path(tmp), get_free_port()
         sys.stdout.flush()
         sys.stderr.flush()
         pids = []

@@ -21,7 +21,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -82,7 +81,9 @@ class Ranks:
             self.launcher = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             self.pids: list[int] = []
         else:
-            port = _free_port()
+            from torch.distributed.elastic.utils.distributed import get_free_port
+
+            port = get_free_port()
             self.pids = [_fork_rank(recipe_yaml, rank, world_size, port) for rank in range(world_size)]
         self.alive = dict(enumerate(self.pids))
         self.ended: list[int] = []
@@ -134,12 +135,6 @@ class Ranks:
             time.sleep(0.5)
         if self.launcher is not None:
             self.launcher.kill()
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def _fork_rank(recipe_yaml: Path, rank: int, world_size: int, port: int) -> int:
