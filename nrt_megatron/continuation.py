@@ -22,16 +22,24 @@ def earlier_recipe(run_dir: Path, step: int) -> Path:
 
 def recipe_of(checkpoint: Path) -> Recipe:
     """The recipe that a checkpoint was trained with. Raises ConfigError when this version cannot read it."""
+    return from_yaml(_text_of(checkpoint), str(checkpoint / RECIPE_FILE))
+
+
+def _text_of(checkpoint: Path) -> str:
     path = checkpoint / RECIPE_FILE
     try:
-        return from_yaml(path.read_text(encoding="utf-8"), str(path))
+        return path.read_text(encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); restore the file") from None
+        raise ConfigError(
+            f"{path}: cannot be read ({error.strerror}), so that nobody knows what the checkpoint was trained with; "
+            f"restore the file, or move {checkpoint} away to continue from the one before"
+        ) from None
 
 
-def check_not_complete(checkpoint: Path, recipe: Recipe) -> None:
-    """Raises ConfigError when the run has no step left in which changed keys could have an effect."""
-    step = step_of(checkpoint)
+def check_continues(checkpoint: Path, recipe: Recipe) -> None:
+    """Raises ConfigError when the checkpoint's recipe is gone, and when its run has no step left in which changed keys
+    could have an effect."""
+    step, _ = step_of(checkpoint), _text_of(checkpoint)
     if step < recipe.nrt.max_num_steps:
         return
     try:
@@ -48,7 +56,8 @@ def record(run_dir: Path, checkpoint: Optional[Path], recipe: Recipe) -> Optiona
     """Writes `recipe.yaml` for the steps to come; returns what differs from the steps so far, as one line.
 
     checkpoint: what the run continues from, None for a new run. Its recipe, where it differs, is kept as
-    `earlier_recipe`. A run without a step left keeps the `recipe.yaml` it was trained with. Raises OSError.
+    `earlier_recipe`. A run without a step left keeps the `recipe.yaml` it was trained with. Raises OSError, and
+    ConfigError as `check_continues` does.
     """
     line = None
     if checkpoint is not None:
@@ -61,6 +70,7 @@ def record(run_dir: Path, checkpoint: Optional[Path], recipe: Recipe) -> Optiona
 
 
 def _keep_earlier(kept: Path, checkpoint: Path, recipe: Recipe) -> Optional[str]:
+    text = _text_of(checkpoint)
     try:
         changed = changes(recipe_of(checkpoint), recipe)
         what = described(changed)
@@ -68,5 +78,5 @@ def _keep_earlier(kept: Path, checkpoint: Path, recipe: Recipe) -> Optional[str]
         changed, what = {"?": (None, None)}, f"another recipe, which cannot be compared ({error})"
     if not changed:
         return None
-    kept.write_bytes((checkpoint / RECIPE_FILE).read_bytes())
+    kept.write_text(text, encoding="utf-8")
     return f"from step {step_of(checkpoint) + 1} on: {what}; the recipe until then is kept in {kept}"

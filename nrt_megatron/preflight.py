@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from nrt_megatron.checkpoints import MANIFEST, CheckpointMeta, damage, is_checkpoint, newest_whole
-from nrt_megatron.continuation import check_not_complete
+from nrt_megatron.continuation import check_continues
 from nrt_megatron.convert.config import ModelShape
 from nrt_megatron.data import Limits, PromptSampler, QADataset, Tokenizer, load_tokenizer
 from nrt_megatron.recipe import ConfigError, Recipe, print_notice
@@ -112,7 +112,7 @@ def _continues(recipe: Recipe, inputs: Inputs) -> bool:
         raise ConfigError.at("policy.megatron_cfg.bf16", bf16, problem, "set that, or start a new run_dir")
     sampler = PromptSampler(inputs.train, recipe.nrt.seed, recipe.data.shuffle)
     sampler.load_state_dict(meta.progress["sampler"])
-    check_not_complete(checkpoint, recipe)
+    check_continues(checkpoint, recipe)
     return True
 
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import pytest
 
-from nrt_megatron.recipe import Recipe, from_yaml
+from nrt_megatron import checkpoints
+from nrt_megatron.continuation import check_continues, record
+from nrt_megatron.preflight import preflight
+from nrt_megatron.recipe import ConfigError, Recipe, from_yaml
 from nrt_megatron.recipe.changes import changes, described, is_layout
 from nrt_megatron.recipe.keys import leaf_types
 from nrt_megatron.report import read_metrics
@@ -58,8 +63,6 @@ def test_an_unchanged_recipe_says_nothing_and_a_moved_run_is_the_same(tmp_path):
 
 
 def test_a_recipe_of_another_version_is_kept_and_said(tmp_path):
-    from nrt_megatron.continuation import check_not_complete, record
-
     settings = tiny.recipe(tiny.write_inputs(tmp_path))
     checkpoint = tmp_path / "run/checkpoints/step_00000003"
     checkpoint.mkdir(parents=True)
@@ -69,7 +72,25 @@ def test_a_recipe_of_another_version_is_kept_and_said(tmp_path):
         "from step 4 on: another recipe, which cannot be compared (nrt.no_longer_a_key = 1: unknown key"
     )
     assert (tmp_path / "run/recipe.step_00000003.yaml").read_text() == "nrt: {no_longer_a_key: 1}\n"
-    check_not_complete(checkpoint, settings)
+    check_continues(checkpoint, settings)
+
+
+def test_a_checkpoint_without_its_recipe_is_named(tmp_path):
+    """Not `cannot write to run_dir`, and before ranks start as well as on them."""
+    settings = tiny.recipe(tiny.write_inputs(tmp_path), "nrt.max_num_steps=3")
+    tiny.train_ranks(settings, 1)
+    checkpoint = tmp_path / "run/checkpoints/step_00000003"
+    (checkpoint / "recipe.yaml").unlink()
+    sums = checkpoints.checksums(checkpoint, checkpoints.files_of(checkpoint))
+    (checkpoint / "manifest.json").write_text(json.dumps({"files": sums}))
+    longer = tiny.recipe(tiny.write_inputs(tmp_path), "nrt.max_num_steps=5")
+    message = f"{checkpoint}/recipe.yaml: cannot be read (No such file or directory), so that nobody knows"
+    for again in (settings, longer):
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            preflight(again)
+    codes, said = tiny.work_ranks(longer, 1)
+    assert codes == [2] and said.startswith(f"nrt: {message}")
+    assert len(read_metrics(tmp_path / "run")) == 4
 
 
 def test_keys_of_layout_and_keys_of_meaning():
