@@ -1,4 +1,4 @@
-"""The tests for a GPU, on the layers that also run without one: nobody notices there when they no longer fit the code."""
+"""The tests for a GPU, on layers that also run without one: else nobody notices when they no longer fit the code."""
 
 from __future__ import annotations
 
