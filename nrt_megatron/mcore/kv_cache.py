@@ -41,12 +41,13 @@ class KVCache:
     """The cached prefix of n rows, and which of its columns each row may look at.
 
     Rows share their columns (Megatron's static context has one length for the batch) but not their
-    positions: a short prompt is padded on the left, a dropped token leaves a hole. `positions` and `exists`
-    say, for each row and column, the token's position in its own sequence and whether there is one.
+    positions: a short prompt is padded on the left, one that comes later begins further right, a dropped token leaves
+    a hole. `positions` and `exists` say, for each row and column, the token's position in its own sequence and whether
+    there is one.
     """
 
     def __init__(self, chunks: list[PolicyModel], max_rows: int, max_columns: int, max_tokens_per_forward: int):
-        self.chunks = chunks
+        self.chunks, self.columns = chunks, max_columns
         self.context = StaticInferenceContext(max_rows, max_columns)
         self.max_tokens_per_forward = max_tokens_per_forward
         device = torch.device(torch.cuda.current_device())
@@ -75,6 +76,7 @@ class KVCache:
         column.
         """
         n, s = tokens.shape
+        assert self.length + s <= self.columns, "more columns than the cache has"
         self._ragged = self._ragged or (keep and exists is not None)
         outputs = []
         for first in range(0, n, max(1, self.max_tokens_per_forward // s)):
@@ -91,6 +93,19 @@ class KVCache:
         if keep:
             self.length += s
         return None if outputs[0] is None else torch.cat(outputs)
+
+    def prefill(self, prompts: Tensor, lengths: Tensor, first_row: int) -> Tensor | None:
+        """Feeds prompts int64 [n, s], padded on the left to s, of `lengths` [n] to rows first_row.., ending in the
+        last column in use; with first_row 0 the cache is emptied first. Returns what `forward` does.
+        """
+        n, s = prompts.shape
+        offset = torch.arange(s, device=prompts.device) - (s - lengths)[:, None]  # [n, s], negative where padded
+        end = max(self.length, s) if first_row else s
+        self.length, self._ragged = end - s, first_row > 0
+        if first_row:
+            self.exists[first_row : first_row + n] = False
+        padded = bool((lengths < s).any())
+        return self.forward(prompts, offset.clamp(min=0), offset >= 0 if padded else None, first_row=first_row)
 
     def _slice(
         self, tokens: Tensor, positions: Tensor, exists: Tensor | None, first_row: int, targets: Tensor | None
@@ -139,14 +154,26 @@ class KVCache:
                 output = None
         return output if output is None or labels is not None else output[:, -1]
 
-    def select(self, order: Tensor) -> None:
-        """Reorders, repeats or drops rows: row i becomes old row order[i]."""
+    def copy_rows(self, sources: Tensor, targets: Tensor) -> None:
+        """Row targets[i] becomes what row sources[i] was, int64 [n] both; of rows on both sides, all are read first."""
         used = self.length
         for keys, values in self.context.key_value_memory_dict.values():
-            keys[:used, : len(order)] = keys[:used, order]
-            values[:used, : len(order)] = values[:used, order]
-        self.positions[: len(order)] = self.positions[order]
-        self.exists[: len(order)] = self.exists[order]
+            keys[:used, targets] = keys[:used, sources]
+            values[:used, targets] = values[:used, sources]
+        self.positions[targets] = self.positions[sources]
+        self.exists[targets] = self.exists[sources]
+
+    def drop_unused_columns(self, rows: int) -> None:
+        """Moves the first `rows` rows to the left by the columns that none of them uses. Waits for the GPU."""
+        in_use = self.exists[:rows, : self.length].any(dim=0)
+        unused = int(in_use.int().argmax())
+        left = self.length - unused
+        for keys, values in self.context.key_value_memory_dict.values():
+            for kept in (keys, values):
+                kept[:left, :rows] = kept[unused : self.length, :rows].clone()  # the two may overlap
+        self.positions[:rows, :left] = self.positions[:rows, unused : self.length].clone()
+        self.exists[:rows, :left] = self.exists[:rows, unused : self.length].clone()
+        self.length = left
 
 
 def _every_column(targets: Tensor) -> ScoredTokens:

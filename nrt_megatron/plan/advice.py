@@ -18,6 +18,7 @@ from nrt_megatron.recipe import (
 
 _CFG = "policy.megatron_cfg."
 _BATCH = "policy.generation.max_batch_size"
+_CACHE = "policy.generation.max_cache_tokens"
 _MICRO = "policy.train_micro_batch_size"
 
 Change = dict[str, Any]
@@ -53,6 +54,8 @@ def _changes(request: Request) -> Iterator[Change]:
     if cfg.tensor_model_parallel_size > 1:
         yield {f"{_CFG}sequence_parallel": True}
     if request.samples:
+        if policy.generation.max_cache_tokens is not None:
+            yield from ({_CACHE: tokens} for tokens in _halves(policy.generation.max_cache_tokens, 1))
         yield from ({_BATCH: rows} for rows in _halves(policy.generation.max_batch_size, traces))
     yield from ({_MICRO: size} for size in _halves(policy.train_micro_batch_size, 1))
     yield {

@@ -1,7 +1,8 @@
 """Rollout and scoring: lengths, the batch that is decoded together, its memory and its seconds.
 
 Mirrors `mcore/generate.py`: a rank decodes its prompts in batches on a static KV cache, every pipeline stage in turn,
-one token a step; marker and answer are then fed to what the cache holds.
+one token a step; marker and answer are then fed to what the cache holds, and prompts that wait take the place of traces
+that ended.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from nrt_megatron.mcore.sampling import ROWS_AT_ONCE
 from nrt_megatron.plan.costs import Costs, Pass
 from nrt_megatron.plan.layout import Stage
 from nrt_megatron.plan.parameters import vocab_matrix
@@ -29,6 +31,11 @@ class Lengths:
     @property
     def total(self) -> float:
         return self.prompt + self.trace + MARKER + self.answer
+
+    @property
+    def columns(self) -> float:
+        """Of a cache for it: one token is drawn beyond the limit."""
+        return self.total + 1
 
     @classmethod
     def limits(cls, recipe: Recipe) -> Lengths:
@@ -66,26 +73,27 @@ class RolloutBatch:
     in_flight: int = 1
     """Such batches that take turns on the pipeline's stages, each with a cache."""
     max_tokens_per_forward: float = float("inf")
+    max_cache_tokens: float = float("inf")
+    most_prompts: int = 0
+    """That a batch of short ones may hold."""
     fp8: bool = False
     """Layers that train in FP8 sample in it as well."""
 
     @classmethod
     def of(cls, recipe: Recipe, prompts_of_rank: int, lengths: Lengths) -> RolloutBatch:
-        traces = num_traces_per_prompt(recipe)
-        prompts = min(max(1, recipe.policy.generation.max_batch_size // traces), prompts_of_rank)
-        megatron = rollout_megatron(recipe.policy)
+        generation, megatron = recipe.policy.generation, rollout_megatron(recipe.policy)
+        traces, tokens = num_traces_per_prompt(recipe), generation.max_cache_tokens or float("inf")
+        most = min(max(1, generation.max_batch_size // traces), prompts_of_rank)
+        prompts = int(min(most, max(1, tokens / (lengths.columns * traces))))
         turns = megatron.pipeline_model_parallel_size if megatron.virtual_pipeline_model_parallel_size is None else 1
-        stages, batches = (
-            turns,
-            -(-prompts_of_rank // prompts),
-        )
-        generation = recipe.policy.generation
         return cls(
             prompts,
             traces,
             lengths,
-            min(stages, batches),
+            min(turns, -(-prompts_of_rank // prompts)),
             generation.max_tokens_per_forward,
+            tokens,
+            most,
             generation.fp8 == "same",
         )
 
@@ -93,16 +101,13 @@ class RolloutBatch:
     def rows(self) -> int:
         return self.prompts * self.traces
 
-    @property
-    def columns(self) -> float:
-        """Of the cache: the longest prompt, trace, marker and answer of the batch, and one drawn beyond the limit."""
-        return self.lengths.total + 1
-
     def cache_bytes(self, costs: Costs, stage: Stage) -> float:
-        """Keys and values of the stage's layers for every row and column of the batches in flight."""
+        """Keys and values of the stage's layers for every row and column of the batches in flight, the largest that
+        prompts of any length up to `lengths` lead to."""
         shape = costs.shape
         width = 2 * shape.num_query_groups * shape.kv_channels / costs.layout.tp
-        return self.in_flight * stage.layers * width * costs.element * self.rows * self.columns
+        tokens = min(self.max_cache_tokens, self.most_prompts * self.traces * self.lengths.columns)
+        return self.in_flight * stage.layers * width * costs.element * tokens
 
     def _slice(self, rows: int, width: float) -> float:
         """Tokens of the slice of rows that goes through the model at once."""
@@ -115,12 +120,13 @@ class RolloutBatch:
         activations' type inside the attention kernel. Drawing holds the gathered logits in several types.
         """
         shape, lengths, element = costs.shape, self.lengths, costs.element
+        rows = self.most_prompts * self.traces
         token = element * (4 * shape.hidden_size + 4 * shape.ffn_hidden_size / costs.layout.tp)
         mask = 1 + element
-        prefill = self._slice(self.prompts, lengths.prompt) * (token + mask * lengths.prompt)
-        scoring = self._slice(self.rows, MARKER + lengths.answer) * (token + mask * self.columns)
+        prefill = self._slice(self.most_prompts, lengths.prompt) * (token + mask * lengths.prompt)
+        scoring = self._slice(rows, MARKER + lengths.answer) * (token + mask * lengths.columns)
         logits = vocab_matrix(shape, costs.cfg) / shape.hidden_size / costs.layout.tp * costs.cfg.logprob_chunk_size
-        drawing = (element + 28) * self.rows * shape.vocab_size
+        drawing = (element * rows + 28 * min(rows, ROWS_AT_ONCE)) * shape.vocab_size
         return max(prefill, scoring + stage.last * 8 * logits, stage.last * drawing)
 
 

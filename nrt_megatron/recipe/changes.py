@@ -24,6 +24,7 @@ _LAYOUT = (
     "policy.sequence_packing.",
     "policy.train_micro_batch_size",
     "policy.generation.max_batch_size",
+    "policy.generation.max_cache_tokens",
     "policy.generation.max_tokens_per_forward",
 )
 _FP8 = ("fp8", "first_last_layers", "num_layers_at_")

@@ -10,6 +10,7 @@ from nrt_megatron.recipe.layout import (
     check_ranks,
     check_sequence_cut,
     check_training_batch,
+    num_traces_per_prompt,
 )
 from nrt_megatron.recipe.limits import SIGNS, check_values
 from nrt_megatron.recipe.precision import check_precision
@@ -35,6 +36,7 @@ def check(recipe: Recipe) -> None:
         _check_inline_shapes,
         _check_objective,
         _check_lengths,
+        _check_rollout_batch,
         _check_schedule,
         _check_watch,
     )
@@ -159,6 +161,18 @@ def _check_lengths(recipe: Recipe) -> None:
             problem = f"with a trace of {trace} it fills policy.max_total_sequence_length = {total}"
             remedy = f"set at most {total - trace - 1}" if total - trace > 1 else f"set the total above {value + trace}"
             raise ConfigError.at(f"data.{key}", value, problem, remedy)
+
+
+def _check_rollout_batch(recipe: Recipe) -> None:
+    """The traces of a prompt are decoded together."""
+    rows, tokens = recipe.policy.generation.max_batch_size, recipe.policy.generation.max_cache_tokens
+    traces, longest = num_traces_per_prompt(recipe), recipe.policy.max_total_sequence_length + 1
+    if rows < traces:
+        problem = f"the {traces} traces of a prompt are decoded together"
+        raise ConfigError.at("policy.generation.max_batch_size", rows, problem, f"set at least {traces}")
+    if tokens is not None and tokens < traces * longest:
+        problem = f"the {traces} traces of a prompt, decoded together, may need {traces} x {longest}"
+        raise ConfigError.at("policy.generation.max_cache_tokens", tokens, problem, f"set at least {traces * longest}")
 
 
 def _check_schedule(recipe: Recipe) -> None:

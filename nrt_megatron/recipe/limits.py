@@ -82,6 +82,7 @@ RANGES: dict[str, Range] = {
     "policy.generation.top_p": Range(0, 1, open_low=True),
     "policy.generation.top_k": COUNT,
     "policy.generation.max_batch_size": POSITIVE,
+    "policy.generation.max_cache_tokens": POSITIVE,
     "policy.generation.max_tokens_per_forward": POSITIVE,
     "policy.generation.tensor_model_parallel_size": POSITIVE,
     "policy.generation.pipeline_model_parallel_size": POSITIVE,

@@ -130,7 +130,11 @@ class Generation:
     """Sample from this many most likely tokens; 0: off."""
     max_batch_size: int = 1024
     """Traces in one forward on a data-parallel rank. Where a step has more, as many such batches as there are
-    pipeline stages are in flight at a time, each with a KV cache of its own."""
+    pipeline stages are in flight at a time, each with a KV cache of its own; prompts that wait take the place of traces
+    that end."""
+    max_cache_tokens: Optional[int] = None
+    """Rows times columns of the KV cache of a batch: of short prompts and answers more traces are decoded together than
+    of long ones. null: `max_batch_size` rows, however long."""
     max_tokens_per_forward: int = 32768
     """Prompts are prefilled and answers scored in slices of at most this many tokens: bounds the activations."""
     fp8: str = "same"

@@ -79,25 +79,28 @@ def test_overrides_and_hardware_reach_the_plan():
     assert said["run_gpu_hours"] == pytest.approx(said["step_seconds"] * 8 / 3600)
 
 
+@pytest.mark.parametrize("key", ["max_cache_tokens", "max_batch_size"])
 @pytest.mark.parametrize("path", LARGE, ids=lambda path: path.stem)
-def test_the_first_change_makes_it_fit(path):
-    """A batch that is too large: the change that is named, applied as it is printed, fits.
+def test_the_first_change_makes_it_fit(path, key):
+    """A cache that is too large: the change that is named, applied as it is printed, fits.
 
     All 512 rows of a rank of the largest run fit as one batch; four batches of 192 in flight do not.
     """
-    too_much = [f"policy.generation.max_batch_size={192 if path == LARGEST else 4096}"]
+    rows = 192 if path == LARGEST else 4096
+    tokens = "null" if key == "max_batch_size" else 2**22
+    too_much = [f"policy.generation.max_batch_size={rows}", f"policy.generation.max_cache_tokens={tokens}"]
     planned = plan(load_recipe(path, [], too_much), load_hardware("h100"), build=False)
     assert not planned.fits
     change, _, peak = planned.first_change.removeprefix("set ").rpartition(": ")
-    assert change.startswith("policy.generation.max_batch_size=")
+    assert change.startswith(f"policy.generation.{key}=")
     changed = plan(load_recipe(path, [], [*too_much, *change.split()]), load_hardware("h100"), build=False)
     assert changed.fits and f"{changed.peak_gib:.1f} GiB" == peak
 
 
 def test_several_changes_where_one_does_not_do():
-    """Activations of 8 sequences and a cache of 4,096 rows: neither alone is enough to change."""
+    """Activations of 8 sequences and a cache of 4,000,000 tokens: neither alone is enough to change."""
     path = next(path for path in LARGE if path.stem == "nrt-llama3.1-8b-1n8g-tp2")
-    too_much = ["policy.generation.max_batch_size=4096", "policy.train_micro_batch_size=8"]
+    too_much = ["policy.generation.max_cache_tokens=4000000", "policy.train_micro_batch_size=8"]
     planned = plan(load_recipe(path, [], too_much), load_hardware("h100"), build=False)
     changes = planned.first_change.removeprefix("set ").rpartition(": ")[0].split()
     assert len(changes) > 1

@@ -101,11 +101,15 @@ def test_kv_cache_of_the_largest_batch():
     generation = Generation(max_new_tokens=2048, max_batch_size=70)
     settings = recipe(generation=generation, data=Data(train="unused", max_prompt_tokens=1000, max_answer_tokens=500))
     batch = RolloutBatch.of(settings, 64, Lengths.limits(settings))
-    assert (batch.prompts, batch.rows, batch.columns) == (8, 64, 1000 + 2048 + 1 + 500 + 1)
+    assert (batch.prompts, batch.rows, batch.lengths.columns) == (8, 64, 1000 + 2048 + 1 + 500 + 1)
     at = costs(settings)
     # Eight batches take turns on four stages: four caches.
     assert batch.cache_bytes(at, at.layout.stages[0]) == 4 * 10_240 * 64 * 3550
     assert RolloutBatch.of(settings, 16, Lengths.limits(settings)).in_flight == 2
+    bounded = replace(generation, max_batch_size=256, max_cache_tokens=64 * 3550)
+    bounded = RolloutBatch.of(replace(settings, policy=replace(settings.policy, generation=bounded)), 64, batch.lengths)
+    assert (bounded.rows, bounded.most_prompts * bounded.traces) == (64, 256)
+    assert bounded.cache_bytes(at, at.layout.stages[0]) == 4 * 10_240 * 64 * 3550
     unlimited = replace(settings, data=Data(train="unused"))
     assert Lengths.limits(unlimited) == Lengths(8192 - 2049 - 2, 2048, 8192 - 2049 - 1)
 

@@ -97,7 +97,7 @@ def test_resident_memory_is_within_ten_percent_of_the_plan(layout):
     recipe, shape = settings(layout), ModelShape.from_hf(CONFIG)
     costs = Costs(shape, recipe.policy.megatron_cfg, Layout.of(recipe, shape, load_hardware("h100")))
     batch = RolloutBatch.of(recipe, prompts_of_rank=ROWS // 8, lengths=Lengths.limits(recipe))
-    assert (batch.rows, batch.columns) == (ROWS, COLUMNS)
+    assert (batch.rows, batch.lengths.columns) == (ROWS, COLUMNS)
     for stage, trained, with_cache in run_ranks(2, measure, layout):
         planned = stage_memory(costs, costs.layout.stages[stage], Pass(1, 1), 1, batch)
         stays = planned.weights + planned.gradients + planned.optimizer

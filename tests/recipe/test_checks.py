@@ -108,6 +108,11 @@ def test_an_unknown_choice_lists_the_known_ones(load, key):
         (["policy.megatron_cfg.recompute_granularity=full"], "recompute_method = null"),
         (["policy.megatron_cfg.recompute_num_layers=1"], "only recompute_granularity full has it"),
         (["nrt.ratio_clip_min=2"], "nrt.ratio_clip_min = 2.0: above nrt.ratio_clip_max = 1.28"),
+        (
+            ["policy.generation.max_batch_size=3"],
+            "max_batch_size = 3: the 4 traces of a prompt are decoded together; set",
+        ),
+        (["policy.generation.max_cache_tokens=259"], "may need 4 x 65; set at least 260"),
         (["policy.optimizer.min_lr=1"], "set at most 2e-06"),
         (["evaluation.every=5"], "set data.validation, or evaluation.every=0"),
     ],
