@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
 from nrt_megatron.mcore.generate import MegatronGenerator
+from nrt_megatron.quickstart import tiny_sum
+from nrt_megatron.recipe import check, load_recipe
 from tests.run import tiny
 from tests.run.tiny import CP, SP, TP
 
@@ -77,3 +82,35 @@ def test_no_rank_draws_what_another_draws(alone, tmp_path):
     parts = [(tmp_path / f"drawn_{rank}").read_text().splitlines() for rank in range(2)]
     assert sorted(parts[0] + parts[1]) == whole
     assert len(parts[0]) == len(parts[1])
+
+
+ROOT = Path(__file__).parents[2]
+QUICKSTART = ROOT / "recipes/nrt-tiny-1n0g-cpu.yaml"
+
+
+def test_the_quickstart_through_the_launcher_is_that_of_two_tensor_ranks(tmp_path):
+    """`nrt train` as a user starts it, on a base model of one step of training."""
+    made = tmp_path / "made"
+    tiny_sum.prepare(made, tiny_sum.Settings(steps=1, train_questions=64, validation_questions=8))
+    inputs = [f"policy.model.path={made}/base", f"data.train={made}/train.jsonl"]
+    inputs += [f"data.validation={made}/validation.jsonl"]
+    less = ["nrt.num_prompts_per_step=4", "policy.train_global_batch_size=32", "policy.train_micro_batch_size=16"]
+    overrides = ["prepare=null", "nrt.max_num_steps=2", "evaluation.num_questions=8", *less, *inputs]
+    tensor = load_recipe(QUICKSTART, [], [*overrides, f"run_dir={tmp_path}/tensor"])
+    check(tensor)
+    assert tensor.policy.megatron_cfg.tensor_model_parallel_size == tensor.cluster.cpu_ranks == 2
+    tiny.train_ranks(tensor, 2)
+    layout = [f"policy.megatron_cfg.{TP}=1", f"policy.megatron_cfg.{CP}=2", f"run_dir={tmp_path}/context"]
+    command = [sys.executable, "-m", "nrt_megatron", "train", str(QUICKSTART), *overrides, *layout]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "NRT_DEVICE": "cpu"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    expected, found = tiny.rows(tmp_path / "tensor"), tiny.rows(tmp_path / "context")
+    assert [row["step"] for row in found] == [0, 1, 2]
+    for old, new in zip(expected, found, strict=True):
+        assert new.keys() == old.keys()
+        for key in new.keys() - {"update/padding_share"}:
+            assert new[key] == pytest.approx(old[key], rel=1e-4, abs=1e-5), key
+    assert (
+        tiny.samples(tmp_path / "context")[0]["traces"][0]["ids"]
+        == (tiny.samples(tmp_path / "tensor")[0]["traces"][0]["ids"])
+    )
