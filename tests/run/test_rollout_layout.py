@@ -10,6 +10,7 @@ import torch
 from nrt_megatron.recipe import ConfigError
 from nrt_megatron.report import read_metrics
 from tests.run import tiny
+from tests.run.test_resume import assert_same_tensors, die_after
 from tests.run.tiny import PP, TP
 
 LAYOUTS = {"tp1-pp1": (1, 1), "tp4-pp1": (4, 1)}
@@ -58,6 +59,21 @@ def test_the_layout_of_the_rollout_changes_nothing(reference, name, tmp_path):
     weights, known = tiny.tensors(found / last), tiny.tensors(reference / last)
     for key, value in known.items():
         torch.testing.assert_close(weights[key], value, atol=1e-5, rtol=1e-5, msg=lambda m, k=key: f"{k}: {m}")
+
+
+def test_a_killed_run_ends_as_an_undisturbed_one(tmp_path):
+    inputs = tiny.write_inputs(tmp_path)
+    overrides = ["nrt.max_num_steps=3", "checkpointing.every=2", "evaluation.every=1", *sizes(2, 1)]
+    whole, cut = (
+        tiny.recipe(inputs, *overrides, f"run_dir={tmp_path}/{name}", ranks=2, **{PP: 2}) for name in ("whole", "cut")
+    )
+    tiny.train_ranks(whole, 2)
+    with pytest.raises(AssertionError, match="Crash: step 3"):
+        tiny.train_ranks(cut, 2, lambda: die_after(3))
+    tiny.train_ranks(cut, 2)
+    assert tiny.rows(cut.run_dir) == tiny.rows(whole.run_dir) and len(tiny.rows(cut.run_dir)) == 4
+    assert tiny.samples(cut.run_dir) == tiny.samples(whole.run_dir) != []
+    assert_same_tensors(tmp_path / "cut", tmp_path / "whole", 3)
 
 
 @pytest.mark.parametrize(
