@@ -198,11 +198,76 @@ def die_the_second_time(step: int) -> None:
     Run._go_back = gone
 
 
-def assert_ends_alike(settings, ranks: int, run: Path, whole: Path) -> None:
-    assert all(tiny.train_ranks(settings, ranks))
+ASYNC = ("checkpointing.async_save=true", "checkpointing.keep_last=1")
+
+
+def held() -> None:
+    """Nothing of a checkpoint is on the disk before the run waits for it: one is always being written."""
+    from threading import Event
+
+    from nrt_megatron.mcore import checkpoint
+    from nrt_megatron.run import Run
+
+    class Held(checkpoint._Save):
+        def __init__(self, *args, **kwargs):
+            self.waited_for = Event()
+            super().__init__(*args, **kwargs)
+
+        def _write(self):
+            self.waited_for.wait()
+            return super()._write()
+
+        def finish(self):
+            self.waited_for.set()
+            super().finish()
+
+    recover = Run._recover
+
+    def recovering(self: Run) -> None:
+        assert self._saver._save is not None, "then it would be the same as without async_save"
+        recover(self)
+
+    checkpoint._Save, Run._recover = Held, recovering
+
+
+@pytest.mark.parametrize("layout", ["one", "dp2-distopt"])
+def test_rolled_back_while_a_checkpoint_is_written(tmp_path, undisturbed, layout):
+    ranks, megatron = LAYOUTS[layout]
+    settings = collapsing(tmp_path, *BACK, *ASYNC, ranks=ranks, **megatron)
+    assert_ends_alike(settings, ranks, tmp_path / "run", undisturbed(layout), held)
+
+
+def test_rolled_back_when_a_checkpoint_was_just_begun(tmp_path):
+    """At the first step outside, which is one that saves; the second time there is no rollback left."""
+    at_once = (*BACK, "watch.length.steps=1")
+    codes, said = tiny.work_ranks(collapsing(tmp_path, *at_once), 1)
+    record, last = folder(tmp_path / "run")["record"], steps(tmp_path / "run")[-1]
+    assert codes == [2] and record["from_step"] % 2 == 0 and record["to_step"] == record["from_step"] - 2
+    assert tiny.work_ranks(collapsing(tmp_path, *at_once, *ASYNC, run="held"), 1, held) == (codes, said)
+    assert_alike(tmp_path / "held", tmp_path / "run", last)
+
+
+@pytest.mark.parametrize("moment", ["before", "checkpoints gone", "files cut"])
+def test_killed_while_a_checkpoint_is_written(tmp_path, undisturbed, moment):
+    """And then rolled back, or in the middle of that."""
+    step = folder(undisturbed("one"))["record"]["from_step"]
+    settings = collapsing(tmp_path, *BACK, *ASYNC)
+
+    death = (lambda: die_after(step)) if moment == "before" else dies(moment)
+    with pytest.raises(AssertionError, match=f"Crash: step {step}|killed"):
+        tiny.train_ranks(settings, 1, lambda: (held(), death()))
+    assert_ends_alike(settings, 1, tmp_path / "run", undisturbed("one"), held)
+
+
+def assert_ends_alike(settings, ranks: int, run: Path, whole: Path, before=None) -> None:
+    assert all(tiny.train_ranks(settings, ranks, before))
+    assert_alike(run, whole, 8)
+
+
+def assert_alike(run: Path, whole: Path, step: int) -> None:
     assert tiny.rows(run) == tiny.rows(whole) and tiny.samples(run) == tiny.samples(whole)
     assert folder(run) == folder(whole)
-    assert_same_tensors(run, whole, 8)
+    assert_same_tensors(run, whole, step)
 
 
 def test_without_a_checkpoint_from_before_it_stops(tmp_path):
@@ -223,29 +288,6 @@ def test_a_checkpoint_of_an_earlier_version_is_continued(tmp_path):
     (checkpoint / "manifest.json").write_text(json.dumps({"files": sums}))
     assert tiny.train_ranks(collapsing(tmp_path, "nrt.max_num_steps=4"), 1) == [True]
     assert steps(tmp_path / "run") == list(range(5))
-
-
-def test_a_slow_rank_is_named(tmp_path):
-    def slow() -> None:
-        told(tmp_path / "said")()
-        import os
-
-        from nrt_megatron.mcore.stopwatch import Stopwatch
-
-        if os.environ["RANK"] == "1":
-            take = Stopwatch.take
-            Stopwatch.take = lambda self: take(self) + 100
-
-    settings = collapsing(tmp_path, "watch.straggler_steps=3", "nrt.max_num_steps=4", ranks=2)
-    tiny.train_ranks(settings, 2, slow)
-    rows = read_metrics(tmp_path / "run")[1:]
-    for phase in ("rollout", "update"):
-        assert [row[f"straggler/{phase}_rank"] for row in rows] == [1] * 4
-        assert all(row[f"straggler/{phase}_ratio"] > 2 and 0 < row[f"straggler/{phase}_min"] < 50 for row in rows)
-        assert all(row[f"straggler/{phase}_max"] > row[f"straggler/{phase}_mean"] for row in rows)
-    said = (tmp_path / "said").read_text().splitlines()
-    assert sum("straggler: rank 1 on " in line and " in rollout" in line for line in said) == 1
-    assert sum("straggler: rank 1 on " in line and " in update" in line for line in said) == 1
 
 
 def test_too_many_rollbacks_end_the_run(tmp_path):
