@@ -266,7 +266,7 @@ class Run:
         """Writes, or begins to write, a checkpoint of the current step. Raises StorageError when the disk does not
         take it, or did not take the one before."""
         with self.timed("checkpoint", self.step):
-            self.watch.saving(self.step)
+            self.output.say(*self.watch.saving(self.step))
             self._saver.spared = self.watch.spared
             self.last_checkpoint = self._saver.save(self.policy, self._meta("train"), self._documents())
 

@@ -105,6 +105,7 @@ class CollapseWatch:
         """Step of the newest checkpoint saved in health, which the next row is to judge."""
         self.rollbacks = 0
         """Made so far, in the whole run."""
+        self._said_none_is_good = False
 
     def judge(self, step: int, row: Mapping[str, Any]) -> tuple[dict[str, float], list[str]]:
         """Takes in the row of a step; returns what to add to it, and what to say: one line at the beginning of an
@@ -160,10 +161,21 @@ class CollapseWatch:
     def _steps(self, name: str) -> int:
         return self._streaks[name].steps if name in self._streaks else 0
 
-    def saving(self, step: int) -> None:
-        """To be told before a checkpoint of `step` is written."""
+    def saving(self, step: int) -> list[str]:
+        """To be told before a checkpoint of `step` is written. Returns what to say: one line at the first that does not
+        count while a rollback would find no other, as with a bound that does not fit the task."""
         if self.healthy:
             self._candidate = step
+            return []
+        rolls_back = any(sign.action == "rollback" for sign in self._signs.values())
+        if not rolls_back or self.good is not None or self._said_none_is_good:
+            return []
+        self._said_none_is_good = True
+        longest = min(self._streaks, key=lambda name: self._streaks[name].since)
+        remedy = (
+            f"if traces are as they should be, set watch.{longest}.{self._alarm(longest).side} to what fits or null"
+        )
+        return [f"collapse watch: still no checkpoint to roll back to at step {step}: {self._alarm(longest)}; {remedy}"]
 
     @property
     def spared(self) -> frozenset[int]:

@@ -140,6 +140,32 @@ def test_which_checkpoint_is_from_before(lengths, saves, good):
     assert watch.spared == (frozenset() if good is None else {good})
 
 
+UNFIT = {"length": ROLLBACK, "entropy": Sign(below=0.5)}
+
+
+@pytest.mark.parametrize(
+    ("signs", "entropies", "said_at"),
+    [
+        (UNFIT, [0.1] * 8, [2]),  # once, at the first checkpoint, and not at the rollback that it prevents
+        (UNFIT, [1.0] * 8, []),
+        (UNFIT, [1.0, 1.0, 1.0, 0.1, 0.1, 0.1, 0.1, 0.1], []),  # there is one to go back to
+        (UNFIT, [1.0, 1.0, 0.1, 0.1, 0.1, 1.0, 1.0, 1.0], [4]),  # that of step 2 did not count in the end
+        ({**UNFIT, "length": replace(ROLLBACK, action="stop")}, [0.1] * 8, []),  # nobody asks for a good one
+    ],
+)
+def test_it_is_said_at_once_that_no_checkpoint_counts(signs, entropies, said_at):
+    watch, said = only(**signs), {}
+    for step, entropy in enumerate(entropies, 1):
+        watch.judge(step, HEALTHY | {"trace/entropy": entropy})
+        if step % 2 == 0 and (lines := watch.saving(step)):
+            said[step] = lines
+    assert list(said) == said_at
+    for step, (line,) in said.items():
+        seen = "trace/entropy 0.1 is below watch.entropy.below = 0.5"
+        assert line.startswith(f"collapse watch: still no checkpoint to roll back to at step {step}: {seen}")
+        assert line.endswith("set watch.entropy.below to what fits or null")
+
+
 def test_a_sign_that_only_warns_counts_for_what_is_good_too():
     watch = only(length=ROLLBACK, entropy=Sign(below=0.5))
     watch.judge(1, HEALTHY | {"trace/entropy": 0.1})
