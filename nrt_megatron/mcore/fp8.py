@@ -13,9 +13,12 @@ history). `tensorwise`: the whole tensor is one block (Transformer Engine's `Flo
 (`Float8BlockScaling`), so that q' starts again from the tensor as it was. `e4m3` forward and, in `hybrid`, `e5m2` for
 gradients: P. Micikevicius et al., FP8 Formats for Deep Learning, arXiv 2209.05433.
 
-A block is a rank's own: as in Transformer Engine, a shard of a weight has its own scale, and results depend, within
-rounding, on the layout and (tensorwise) on what else is in the batch. Attention, norms, embedding and output layer
-stay as they are.
+A block is a rank's own: as in Transformer Engine, a shard of a weight has its own scale, and so have the tokens that a
+context-parallel rank holds. Ranks agree on the scale of a whole tensor under sequence parallelism alone, those of the
+tensor-parallel group (`_customize_quantizers_float8_current_scaling` in Transformer Engine's linear layers, 2.11); the
+larger group that Megatron hands it (`get_amax_reduction_group`, `tp_only_amax_red`) is for delayed scaling, which is
+not rehearsed. So results depend, within rounding, on the layout and (tensorwise) on what else is in the batch.
+Attention, norms, embedding and output layer stay as they are.
 """
 
 from __future__ import annotations

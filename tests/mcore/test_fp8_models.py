@@ -7,13 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nrt_megatron.mcore.fp8 import rehearsed_layers
+from nrt_megatron.convert.config import ModelShape
+from nrt_megatron.mcore.fp8 import BLOCK, Scaling, rehearsed_layers
+from nrt_megatron.mcore.policy import MegatronPolicy
 from nrt_megatron.mcore.precision import rollout_precision
 from nrt_megatron.update import update
 from tests.distributed import run_ranks
 from tests.mcore import test_layouts, test_on_policy, tiny
 from tests.mcore.test_fp8 import BLOCKWISE, TENSORWISE
-from tests.mcore.test_layouts import PP, TP, VPP
+from tests.mcore.test_layouts import CP, PP, TP, VPP
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +51,8 @@ TRAINED_ALIKE = {
     # A power of two is the same scale on a shard but for the smallest values, and rounding may tip a value over.
     "tp2": (2, {TP: 2}, 5e-3),
     "tp2-sp-pp2": (4, {TP: 2, PP: 2, "sequence_parallel": True}, 5e-3),
+    # Sequences of a block at most: cutting them leaves scales of powers of two as they were.
+    "cp2": (2, {CP: 2}, 1e-4),
     "recompute": (1, {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}, 1e-6),
 }
 
@@ -69,6 +73,55 @@ def test_a_layout_trains_like_one_rank(checkpoint, alone, name):
                 assert row[key] == pytest.approx(expected[key], rel=tolerance), key
 
 
+def train_in_shares(directory, ranks: int, mbs: int, layout: dict):
+    """Without context parallelism, but padded as with it, and the tokens that one of its ranks would hold are scaled by
+    themselves."""
+    whole = Scaling._rounded
+
+    def rounded(self: Scaling, x: torch.Tensor, dtype: torch.dtype, tile: tuple[int, int]) -> torch.Tensor:
+        if tile == (BLOCK, BLOCK):  # a weight
+            return whole(self, x, dtype, tile)
+        chunks = x.chunk(2 * ranks)
+        shares = [whole(self, torch.cat([chunks[r], chunks[-1 - r]]), dtype, tile).chunk(2) for r in range(ranks)]
+        return torch.cat([front for front, _ in shares] + [back for _, back in reversed(shares)])
+
+    Scaling._rounded = rounded
+    multiple = 2 * ranks * layout.get(TP, 1)
+    MegatronPolicy.pad_multiple = property(lambda self: multiple)
+    return test_layouts.train(directory, mbs, layout)
+
+
+@pytest.mark.parametrize(
+    "scaling,ranks,mbs,layout",
+    [
+        (TENSORWISE, 4, 4, {"packing": True}),
+        (TENSORWISE, 2, 2, {TP: 2, "sequence_parallel": True}),
+        (BLOCKWISE, 2, 1, {}),
+    ],
+)
+def test_a_context_parallel_rank_has_scales_of_its_own(checkpoint, scaling, ranks, mbs, layout):
+    """As on Transformer Engine's layers; loss, gradient and updated weights are those of one rank but for that.
+
+    Measured 6e-7 and, in weights, 6e-5 where rounding tips a value over; with scales of the whole 8e-3 and 3e-2.
+    """
+    layout, tp = {**scaling, **layout}, layout.get(TP, 1)
+    expected = run_ranks(tp, train_in_shares, checkpoint, ranks, mbs, layout)
+    got = run_ranks(tp * ranks, test_layouts.train, checkpoint, mbs, {**layout, CP: ranks})
+    for _, rows, _ in got:
+        for wanted, row in zip(expected[0][1], rows, strict=True):
+            for key in ("loss", "grad_norm", "answer/nll"):
+                assert row[key] == pytest.approx(wanted[key], rel=1e-3), key
+    shape = ModelShape.from_dir(checkpoint)
+    weights, wanted = (test_layouts.hf_tensors(shape, results) for results in (got, expected))
+    assert all((weights[name] - wanted[name]).abs().max() < 1e-3 for name in wanted)
+
+
+def test_scales_of_a_whole_tensor_depend_on_who_shares_a_sequence(checkpoint):
+    """Then the test above would be the same without its shares."""
+    (alone,), (row, _) = (run_ranks(cp, test_layouts.train, checkpoint, 1, {**TENSORWISE, CP: cp}) for cp in (1, 2))
+    assert 1e-3 < abs(row[1][0]["grad_norm"] / alone[1][0]["grad_norm"] - 1) < 0.2
+
+
 def sampled(directory, megatron: dict, fp8: str, weighted: bool = False) -> dict[str, float]:
     """One step; the metrics of its update."""
     settings = test_on_policy.settings
@@ -80,7 +133,9 @@ def sampled(directory, megatron: dict, fp8: str, weighted: bool = False) -> dict
     return test_on_policy.step(directory, megatron, 1.0)
 
 
-@pytest.mark.parametrize("layout", [(1, {}), (2, {TP: 2}), (2, {TP: 2, "sequence_parallel": True}), (2, {PP: 2})])
+@pytest.mark.parametrize(
+    "layout", [(1, {}), (2, {TP: 2}), (2, {TP: 2, "sequence_parallel": True}), (2, {PP: 2}), (2, {CP: 2})]
+)
 def test_scales_of_a_tokens_own_keep_sampler_and_trainer_together(checkpoint, layout):
     world, megatron = layout
     row = run_ranks(world, sampled, checkpoint, {**BLOCKWISE, **megatron}, "same")[0]
