@@ -174,7 +174,8 @@ class _Rehearsed:
             return super()._forward_impl(input=input, weight=weight, bias=bias, **options)
         assert bias is None and not self.gradient_accumulation_fusion
         if sequence_parallel:
-            # Transformer Engine agrees on one scale over the shards of a sequence: that of the whole.
+            # Transformer Engine agrees on one scale over the shards of a sequence: that of the whole. Its blocks do not
+            # cross from one shard to the next either, since a shard is padded to whole ones (recipe.token_multiple).
             input = gather_from_sequence_parallel_region(input, group=tp_group)
         elif allreduce_dgrad:
             input = copy_to_tensor_model_parallel_region(input, group=tp_group)

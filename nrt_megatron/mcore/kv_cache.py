@@ -8,12 +8,11 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 from megatron.core.inference.contexts import StaticInferenceContext
-from megatron.core.transformer.utils import set_model_to_sequence_parallel
 from torch import Tensor
 
 from nrt_megatron.mcore.attention import hidden_columns, whole_sequences
 from nrt_megatron.mcore.model import PolicyModel, ScoredTokens
-from nrt_megatron.mcore.precision import rollout_precision
+from nrt_megatron.mcore.precision import rollout_precision, set_sequence_parallel
 
 
 @contextlib.contextmanager
@@ -24,7 +23,7 @@ def inference_mode(chunks: list[PolicyModel], fp8: str = "same") -> Iterator[Non
     for chunk in chunks:
         chunk.eval()
         if sequence_parallel:
-            set_model_to_sequence_parallel(chunk, False)
+            set_sequence_parallel(chunk, False)
     try:
         with torch.no_grad(), rollout_precision(chunks, fp8), contextlib.ExitStack() as stack:
             for chunk in chunks:
@@ -34,7 +33,7 @@ def inference_mode(chunks: list[PolicyModel], fp8: str = "same") -> Iterator[Non
         for chunk in chunks:
             chunk.train()
             if sequence_parallel:
-                set_model_to_sequence_parallel(chunk, True)
+                set_sequence_parallel(chunk, True)
 
 
 class KVCache:

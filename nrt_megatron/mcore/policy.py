@@ -15,10 +15,11 @@ from nrt_megatron.mcore import pipeline
 from nrt_megatron.mcore.hf import WeightSource, load_hf_weights
 from nrt_megatron.mcore.model import PolicyModel, build_chunks, use_transformer_engine, wrap_for_training
 from nrt_megatron.mcore.optim import GuardedOptimizer, build_optimizer, build_scheduler
-from nrt_megatron.mcore.precision import describe, token_multiple
+from nrt_megatron.mcore.precision import describe
 from nrt_megatron.mcore.runtime import Runtime
 from nrt_megatron.mcore.stopwatch import Stopwatch
 from nrt_megatron.recipe import Policy as PolicyRecipe
+from nrt_megatron.recipe import token_multiple
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class MegatronPolicy:
     @property
     def pad_multiple(self) -> int:
         """Columns of a micro-batch must be a multiple of this."""
-        return token_multiple(self.recipe.megatron_cfg, self.recipe.sequence_packing.enabled)
+        return token_multiple(self.recipe)
 
     @property
     def layers(self) -> str:

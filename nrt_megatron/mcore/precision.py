@@ -1,5 +1,5 @@
 """Which number formats the layers run in: Megatron's FP8 fields, the precision of a rollout, and what FP8 asks of
-shapes.
+layers and shapes then.
 
 What concerns Transformer Engine follows Megatron-Core 0.16.1 and Transformer Engine 2.11 as documented and read. It has
 run on Transformer Engine's Python with stand-ins for its kernels (tools/gpu_tests_on_cpu.py), and not on a GPU.
@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 from megatron.core.fp8_utils import get_fp8_align_size
+from megatron.core.transformer.utils import set_model_to_sequence_parallel
 from torch import Tensor
 
-from nrt_megatron.mcore.fp8 import BLOCK, rehearsed_layers
+from nrt_megatron.mcore.fp8 import rehearsed_layers
 from nrt_megatron.recipe import Megatron
 
 TE_LINEAR = ("TELinear", "TEColumnParallelLinear", "TERowParallelLinear", "TELayerNormColumnParallelLinear")
@@ -49,20 +50,19 @@ def transformer_fields(cfg: Megatron) -> dict[str, Any]:
     return edges if cfg.fp8_emulation else edges | {name: getattr(cfg, name) for name in names}
 
 
-def token_multiple(cfg: Megatron, packed: bool) -> int:
-    """What the number of columns of a batch must be a multiple of.
+def set_sequence_parallel(chunk: torch.nn.Module, on: bool) -> None:
+    """Switches sequence parallelism of all layers of a model chunk.
 
-    Each context-parallel rank has two equal chunks of them, and under sequence parallelism each tensor rank an equal
-    part of these. Transformer Engine's FP8 products sum over
-    tokens in the weight gradient and want them aligned: 16, for mxfp8 32, and whole blocks of 128 where one packed row
-    is a batch, as NeMo-RL pads.
+    Transformer Engine (2.11) lets its quantizers know about it (how data lie that are to be gathered, whether ranks
+    share a scale) in a layer's first forward in FP8 alone, and has no public way to repeat that. Delayed scaling does
+    not ask, and keeps its history where the others would get new quantizers.
     """
-    shared = cfg.tensor_model_parallel_size if cfg.sequence_parallel else 1
-    if cfg.context_parallel_size > 1:
-        shared *= 2 * cfg.context_parallel_size
-    if not has_te_fp8(cfg):
-        return shared
-    return shared * (BLOCK if packed and cfg.fp8_recipe == "blockwise" else get_fp8_align_size(cfg.fp8_recipe))
+    set_model_to_sequence_parallel(chunk, on)
+    if chunk.config.fp8 is None or chunk.config.fp8_recipe == "delayed":
+        return
+    for module in chunk.modules():
+        if hasattr(module, "fp8_meta_tensors_initialized"):
+            module.fp8_initialized = module.fp8_meta_tensors_initialized = False
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nrt_megatron.convert.config import ModelShape
 from nrt_megatron.plan import efficiency
@@ -17,7 +17,13 @@ from nrt_megatron.plan.result import Phase, Plan, StagePlan
 from nrt_megatron.plan.rollout import MARKER, Lengths, RolloutBatch, rollout_work
 from nrt_megatron.plan.traffic import update_traffic
 from nrt_megatron.plan.training import forward_time, update_time
-from nrt_megatron.recipe import Recipe, has_rollout_layout, num_traces_per_prompt, num_updates_per_step
+from nrt_megatron.recipe import (
+    Recipe,
+    has_rollout_layout,
+    num_traces_per_prompt,
+    num_updates_per_step,
+    token_multiple,
+)
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,8 @@ def estimate(request: Request) -> Plan:
     sequences = recipe.policy.train_global_batch_size
     num_micro_batches = sequences // layout.dp // recipe.policy.train_micro_batch_size
     micro_batch = _micro_batch(request)
-    one = update_time(costs, micro_batch, num_micro_batches, chunked_loss=request.lengths is not None)
+    fed = _padded(request, micro_batch)
+    one = update_time(costs, fed, num_micro_batches, chunked_loss=request.lengths is not None)
     num_updates = 1 if request.lengths is None else num_updates_per_step(recipe)
     every = num_updates * num_micro_batches * layout.dp
     tokens = every * micro_batch.sequences * micro_batch.tokens
@@ -77,7 +84,7 @@ def estimate(request: Request) -> Plan:
         num_updates=num_updates,
         update_seconds=one.by_cause,
         pipeline_bubble=one.bubble_share,
-        traffic_gib={kind: sent / GIB for kind, sent in update_traffic(costs, micro_batch, num_micro_batches).items()},
+        traffic_gib={kind: sent / GIB for kind, sent in update_traffic(costs, fed, num_micro_batches).items()},
         step_seconds=seconds,
         num_steps=recipe.nrt.max_num_steps,
         run_gpu_hours=seconds * recipe.nrt.max_num_steps * layout.gpus / 3600,
@@ -108,6 +115,17 @@ def _micro_batch(request: Request) -> Pass:
     return Pass(trees, tokens, branches=branches, trunk=lengths.prompt, scored=branches * scored)
 
 
+def _padded(request: Request, work: Pass) -> Pass:
+    """`work` with the padding that its layout and number format want of a row: on average half of what they want a
+    multiple of, where lengths differ."""
+    multiple = token_multiple(request.recipe.policy)
+    if request.lengths is None:
+        tokens = math.ceil(work.tokens / multiple) * multiple
+    else:
+        tokens = work.tokens + (multiple - 1) / 2
+    return replace(work, tokens=tokens, scored=work.num_scored / work.sequences)
+
+
 def _rollout(request: Request, costs: Costs, micro_batch: Pass, num_micro_batches: int) -> tuple[Phase, Phase]:
     """Sampling; and scoring, with the trainer's own log-probs of all sequences where the recipe weighs by them."""
     assert request.lengths is not None
@@ -119,7 +137,7 @@ def _rollout(request: Request, costs: Costs, micro_batch: Pass, num_micro_batche
     scored = prompts * (batch.traces + 1) * (MARKER + request.lengths.answer)
     seconds, flops = work.scoring_seconds, work.scoring_flops
     if request.recipe.nrt.rollout_importance_sampling:
-        seconds += forward_time(costs, micro_batch, num_micro_batches)
+        seconds += forward_time(costs, _padded(request, micro_batch), num_micro_batches)
         flops += num_micro_batches * costs.layout.dp * costs.model_flops(micro_batch)
     return (
         Phase.of(work.sampling_seconds, sampled, work.sampling_flops, costs.layout.gpus),
@@ -130,7 +148,8 @@ def _rollout(request: Request, costs: Costs, micro_batch: Pass, num_micro_batche
 def _stages(request: Request, costs: Costs, num_micro_batches: int) -> list[StagePlan]:
     """Memory of every stage, for the longest sequences that the recipe admits."""
     recipe, layout = request.recipe, costs.layout
-    longest = Pass(recipe.policy.train_micro_batch_size, recipe.policy.max_total_sequence_length)
+    multiple, length = token_multiple(recipe.policy), recipe.policy.max_total_sequence_length
+    longest = Pass(recipe.policy.train_micro_batch_size, math.ceil(length / multiple) * multiple)
     drawing, batch = rollout_costs(recipe, costs), None
     if request.samples:
         of_rank = math.ceil(recipe.nrt.num_prompts_per_step / drawing.layout.dp)

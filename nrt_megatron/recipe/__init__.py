@@ -8,6 +8,7 @@ from nrt_megatron.recipe.layout import (
     num_sequences_per_step,
     num_traces_per_prompt,
     num_updates_per_step,
+    token_multiple,
     uncut,
     world_size,
 )

@@ -10,7 +10,7 @@ from typing import Any
 from nrt_megatron.recipe.errors import ConfigError
 from nrt_megatron.recipe.megatron import Megatron
 from nrt_megatron.recipe.precision import check_precision_shape
-from nrt_megatron.recipe.schema import Recipe
+from nrt_megatron.recipe.schema import Policy, Recipe
 
 _TP = "policy.megatron_cfg.tensor_model_parallel_size"
 _PP = "policy.megatron_cfg.pipeline_model_parallel_size"
@@ -63,6 +63,24 @@ def num_sequences_per_step(recipe: Recipe) -> int:
 def num_updates_per_step(recipe: Recipe) -> int:
     """Optimizer updates in one step: one per global batch."""
     return num_sequences_per_step(recipe) // recipe.policy.train_global_batch_size
+
+
+def token_multiple(policy: Policy) -> int:
+    """What the number of columns of a micro-batch is padded to a multiple of.
+
+    Each context-parallel rank has two equal chunks of them, and under sequence parallelism each tensor rank an equal
+    part of these. Transformer Engine's FP8 products sum over a rank's tokens in the weight gradient and want them
+    aligned: 16, for mxfp8 32 (`megatron.core.fp8_utils.get_fp8_align_size`). `blockwise` wants whole blocks of 128 for
+    each rank with sequence parallelism, since ranks scale their own tokens before these are gathered for the weight
+    gradient, and where one packed row is a batch, as NeMo-RL pads.
+    """
+    cfg, aligned = policy.megatron_cfg, 1
+    if cfg.fp8 is not None and not cfg.fp8_emulation:
+        blocks = cfg.fp8_recipe == "blockwise" and (cfg.sequence_parallel or policy.sequence_packing.enabled)
+        aligned = 128 if blocks else 32 if cfg.fp8_recipe == "mxfp8" else 16
+    chunks = 2 if cfg.context_parallel_size > 1 else 1
+    shared = cfg.context_parallel_size * (cfg.tensor_model_parallel_size if cfg.sequence_parallel else 1)
+    return shared * math.lcm(chunks, aligned)
 
 
 def check_ranks(recipe: Recipe) -> None:

@@ -33,7 +33,8 @@ class Megatron:
     `fp8_emulation`."""
     fp8_recipe: str = "delayed"
     """Scaling: `tensorwise` (of the current tensor), `delayed`, `blockwise`, `mxfp8`. Block scales are powers of two,
-    unless Transformer Engine's variable NVTE_FP8_BLOCK_SCALING_FP32_SCALES is 1; `fp8_emulation` follows it."""
+    unless Transformer Engine's variable NVTE_FP8_BLOCK_SCALING_FP32_SCALES is 1; `fp8_emulation` follows it. With
+    `blockwise` and `sequence_parallel` rows are padded to multiples of 128 x TP tokens."""
     fp8_margin: int = 0
     """With `delayed`: powers of two between the largest value and the end of the range."""
     fp8_amax_history_len: int = 1

@@ -77,7 +77,8 @@ def check_precision_shape(recipe: Recipe, config: Mapping[str, Any], source: str
     """Whether FP8 fits a Hugging Face `config.json` with valid sizes. Raises ConfigError.
 
     Some layers are left to run in it, Megatron wants those left out at an end to be of one stage, and Transformer
-    Engine's FP8 products want sides that are multiples of 16 on every tensor-parallel rank.
+    Engine's FP8 products want sides that are multiples of 16 on every tensor-parallel rank, or whole blocks in what
+    ranks gather.
     """
     cfg, sizes = recipe.policy.megatron_cfg, {k: v for k, v in config.items() if type(v) is int and v > 0}
     if cfg.fp8 is None:
@@ -92,7 +93,10 @@ def check_precision_shape(recipe: Recipe, config: Mapping[str, Any], source: str
             problem = f"with {start} layers at the start none of {layers} of {source} is left for FP8"
             remedy = f"set fewer than {layers} in all, or {_PREFIX}fp8=null"
             _refuse(recipe, "num_layers_at_end_in_bf16", problem, remedy)
-    for key, share in (("hidden_size", 1), ("intermediate_size", cfg.tensor_model_parallel_size)):
-        if not cfg.fp8_emulation and key in sizes and sizes[key] // share % 16:
-            problem = f"{key} = {sizes[key]} of {source} over {share} ranks is no multiple of 16"
-            _refuse(recipe, "fp8", problem, "set null, or another tensor_model_parallel_size")
+    gathered = 128 if cfg.fp8_recipe == "blockwise" and cfg.sequence_parallel else 16
+    sides = (("hidden_size", 1, gathered), ("intermediate_size", cfg.tensor_model_parallel_size, 16))
+    for key, share, side in sides:
+        if not cfg.fp8_emulation and key in sizes and sizes[key] // share % side:
+            problem = f"{key} = {sizes[key]} of {source} over {share} ranks is no multiple of {side}"
+            other = "sequence_parallel=false" if side == 128 else "another tensor_model_parallel_size"
+            _refuse(recipe, "fp8", problem, f"set null, or {other}")

@@ -6,11 +6,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from megatron.core.fp8_utils import get_fp8_align_size
 
 from nrt_megatron.mcore.fp8 import BLOCK, Scaling, _Fp8Matmul, dequantize, quantize
 from nrt_megatron.mcore.model import use_transformer_engine
-from nrt_megatron.mcore.precision import describe, pad_tokens, rollout_precision, token_multiple, transformer_fields
-from nrt_megatron.recipe import NRT, ConfigError, Megatron
+from nrt_megatron.mcore.precision import (
+    describe,
+    pad_tokens,
+    rollout_precision,
+    set_sequence_parallel,
+    transformer_fields,
+)
+from nrt_megatron.recipe import NRT, ConfigError, Megatron, Policy, SequencePacking, token_multiple
 from tests.mcore.test_layouts import TP
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -144,21 +151,51 @@ def test_tokens_are_padded_for_a_layer_and_cut_again():
         layer(x)
 
 
+BLOCKS = {"fp8": "e4m3", "fp8_recipe": "blockwise"}
+SHARED = {TP: 2, "sequence_parallel": True}
+
+
 @pytest.mark.parametrize(
     "fields, packed, multiple",
     [
         ({}, True, 1),
         ({TP: 4, "sequence_parallel": True}, False, 4),
-        ({**BLOCKWISE, TP: 2, "sequence_parallel": True}, True, 2),  # the rehearsal needs no padding
+        ({**SHARED, "context_parallel_size": 2}, False, 8),
+        ({**BLOCKWISE, **SHARED}, True, 2),  # the rehearsal needs no padding
         ({"fp8": "hybrid", "fp8_recipe": "tensorwise"}, True, 16),
+        ({"fp8": "hybrid", "fp8_recipe": "tensorwise", **SHARED, "context_parallel_size": 2}, True, 64),
         ({"fp8": "e4m3", "fp8_recipe": "mxfp8"}, False, 32),
-        ({"fp8": "e4m3", "fp8_recipe": "blockwise"}, False, 16),
-        ({"fp8": "e4m3", "fp8_recipe": "blockwise"}, True, 128),
-        ({"fp8": "e4m3", "fp8_recipe": "blockwise", TP: 2, "sequence_parallel": True}, True, 256),
+        (BLOCKS, False, 16),
+        (BLOCKS, True, 128),
+        ({**BLOCKS, **SHARED}, True, 256),
+        ({**BLOCKS, **SHARED}, False, 256),
+        ({**BLOCKS, **SHARED, "context_parallel_size": 2}, False, 512),
     ],
 )
 def test_columns_are_aligned_for_transformer_engines_products(fields, packed, multiple):
-    assert token_multiple(Megatron(**fields), packed) == multiple
+    policy = Policy(megatron_cfg=Megatron(**fields), sequence_packing=SequencePacking(enabled=packed))
+    assert token_multiple(policy) == multiple
+    cfg, ranks = policy.megatron_cfg, policy.megatron_cfg.context_parallel_size
+    ranks *= cfg.tensor_model_parallel_size if cfg.sequence_parallel else 1
+    if cfg.fp8 and not cfg.fp8_emulation:
+        assert multiple // ranks % get_fp8_align_size(cfg.fp8_recipe) == 0
+
+
+@pytest.mark.parametrize(
+    "recipe, again", [("tensorwise", True), ("blockwise", True), ("delayed", False), (None, False)]
+)
+def test_transformer_engine_sets_its_quantizers_again_where_sequence_parallelism_switches(recipe, again):
+    """What it looks at is in tests/gpu: its own modules."""
+    chunk, layer = torch.nn.Sequential(torch.nn.Linear(2, 2)), torch.nn.Linear(2, 2)
+    chunk.config = SimpleNamespace(fp8=recipe and "hybrid", fp8_recipe=recipe or "delayed", sequence_parallel=True)
+    chunk.position_embedding_type, layer.sequence_parallel = "rope", True
+    chunk.append(layer)
+    for on in (False, True):
+        layer.fp8_initialized = layer.fp8_meta_tensors_initialized = True
+        set_sequence_parallel(chunk, on)
+        assert layer.sequence_parallel == chunk.config.sequence_parallel == on
+        assert layer.fp8_initialized == layer.fp8_meta_tensors_initialized == (not again)
+    assert not hasattr(chunk[0], "fp8_initialized")
 
 
 def test_megatrons_own_fields_reach_it_and_the_rehearsal_stays_out_of_its_way():

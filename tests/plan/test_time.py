@@ -9,6 +9,7 @@ from nrt_megatron.plan.costs import Costs, Pass, Seconds
 from nrt_megatron.plan.rollout import Lengths, RolloutBatch, rollout_work
 from nrt_megatron.plan.traffic import update_traffic
 from nrt_megatron.plan.training import update_time
+from nrt_megatron.recipe import Recipe
 
 from .test_memory import costs, recipe
 
@@ -238,3 +239,22 @@ def test_context_parallel_ranks_draw_as_replicas_do():
     for one, other in zip(plain.stages, shared.stages):
         assert other.kv_cache_gib == one.kv_cache_gib and other.optimizer_gib == one.optimizer_gib
         assert other.activations_gib == pytest.approx(one.activations_gib / 4)
+
+
+def test_padding_takes_time_and_memory_and_counts_as_no_work():
+    """Blocks of 128 tokens on each of 8 tensor ranks: up to 1,023 columns of padding, half of that on average."""
+    plain, shared = ({"fp8": "e4m3", "fp8_recipe": "blockwise", "sequence_parallel": on} for on in (False, True))
+    rows = [replace(r, policy=replace(r.policy, max_total_sequence_length=8000)) for r in map(_recipe, (plain, shared))]
+    few, many = (plan(row, load_hardware("h100"), build=False) for row in rows)
+    assert many.update.tokens == few.update.tokens and many.update.flops == few.update.flops
+    products = [planned.update_seconds["matmul"] for planned in (few, many)]
+    assert 1.1 < products[1] / products[0] < (300 + 2048 + 1 + 415 + 1023 / 2) / (300 + 2048 + 1 + 415 + 15 / 2)
+    few, many = (plan(row, load_hardware("h100"), True, build=False) for row in rows)
+    assert few.tokens_per_sequence == many.tokens_per_sequence == {"total": 8000.0}
+    # Log-probs are those of the sequence's own tokens.
+    assert 1.02 < many.update_seconds["matmul"] / few.update_seconds["matmul"] < 8192 / 8000
+
+
+def _recipe(fields: dict) -> Recipe:
+    settings = recipe(**fields)
+    return replace(settings, policy=replace(settings.policy, tokenizer=replace(settings.policy.tokenizer, path="t")))

@@ -72,6 +72,15 @@ def test_transformer_engines_fp8_wants_sides_of_16(load):
     assert "intermediate_size = 104" in refusal(load(*model, "policy.model.config.intermediate_size=104"))
 
 
+def test_blocks_that_ranks_gather_are_whole(load):
+    """transformer_engine.pytorch.utils.assert_dim_for_all_gather: tokens are padded, the hidden size cannot be."""
+    model = [CONFIG, "policy.tokenizer.path=t", *GPU, f"{M}bf16=true", f"{M}fp8_recipe=blockwise"]
+    shared = [*model, f"{M}tensor_model_parallel_size=2", f"{M}sequence_parallel=true"]
+    check(load(*model))
+    assert "hidden_size = 64" in (said := refusal(load(*shared))) and "128; set null, or sequence_parallel=f" in said
+    check(load(*shared, "policy.model.config.hidden_size=128"))
+
+
 def test_embedding_and_output_layer_count_as_layers(load):
     """6 layers and two more fill 4 stages of 2; without them 6 layers do not fill 4."""
     stages = [CONFIG, "policy.tokenizer.path=t", "cluster.cpu_ranks=8", f"{M}pipeline_model_parallel_size=4"]
