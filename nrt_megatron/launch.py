@@ -94,6 +94,14 @@ def prepare_environment(recipe: Recipe, env: MutableMapping[str, str]) -> None:
         env.setdefault("NRT_DEVICE", "cpu")  # a machine that has GPUs is asked not to use them
         env.setdefault("OMP_NUM_THREADS", "1")  # ranks share the cores, and repeats are equal with one thread
         env.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads would take the other ranks' cores
+        return
+    # A rollout's cache and an update's activations, each of many sizes, take the same memory in turn.
+    env.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    cfg = recipe.policy.megatron_cfg
+    if cfg.tensor_model_parallel_size > 1 or cfg.context_parallel_size > 1:
+        # Megatron's tensor-parallel layers start an exchange before the product it is to overlap with, and rely on
+        # kernels running in that order.
+        env.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
 
 
 def run(recipe: Recipe) -> int:

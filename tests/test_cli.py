@@ -180,9 +180,21 @@ def test_threads_of_cpu_ranks(place, monkeypatch):
     recipe, env = load_recipe(place / "recipe.yaml"), {"OMP_NUM_THREADS": "3"}
     launch.prepare_environment(recipe, env)
     assert env == {"OMP_NUM_THREADS": "3", "OMP_WAIT_POLICY": "PASSIVE", "NRT_DEVICE": "cpu"}
-    env = {}
-    launch.prepare_environment(load_recipe(place / "recipe.yaml", [], ["cluster.gpus_per_node=8"]), env)
-    assert env == {}
+
+
+def test_environment_of_gpu_ranks(place):
+    """One queue where Megatron overlaps a tensor-parallel exchange with a product; the user has the last word."""
+
+    def prepared(*overrides: str, **env: str) -> dict[str, str]:
+        launch.prepare_environment(load_recipe(place / "recipe.yaml", [], ["cluster.gpus_per_node=8", *overrides]), env)
+        return env
+
+    memory = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    assert prepared() == memory
+    for key in ("tensor", "context"):
+        sizes = f"policy.megatron_cfg.{key}_model_parallel_size=2".replace("context_model", "context")
+        assert prepared(sizes) == {**memory, "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+        assert prepared(sizes, CUDA_DEVICE_MAX_CONNECTIONS="32")["CUDA_DEVICE_MAX_CONNECTIONS"] == "32"
 
 
 def test_one_rank_runs_in_the_process_itself(place):

@@ -62,7 +62,7 @@ def _forward_step(loss_fn: LossFunction | None):
         def reduce(output: Tensor) -> tuple[Tensor, Tensor, MicroBatchResult]:
             log_probs, entropy = of_all_ranks(output, share, len(batch.targets))
             counted = batch.num_sequences if parallel_state.get_context_parallel_rank() == 0 else 0
-            count = torch.tensor(counted, dtype=torch.int, device=output.device)
+            count = output.new_full((), counted, dtype=torch.int)  # filled there: a copy would wait for the GPU
             result = MicroBatchResult(batch.num_sequences, log_probs.detach(), entropy.detach(), None)
             if loss_fn is None:
                 return log_probs.sum(), count, result
@@ -105,6 +105,8 @@ def run(
     """
     config = unwrap(chunks[0]).config
     config.finalize_model_grads_func = finalize_model_grads
+    # Gradients are exchanged (`overlap_grad_reduce`) in the last micro-batch's backward pass alone.
+    config.no_sync_func = [chunk.no_sync for chunk in chunks] if len(chunks) > 1 else chunks[0].no_sync
     moved = [batch.to(device) for batch in batches]
     shared = [(batch, share_of(batch)) for batch in moved]  # before a stage could wait for another one
     iterators = [iter(shared) for _ in chunks]

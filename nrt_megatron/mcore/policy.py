@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -76,6 +78,26 @@ class MegatronPolicy:
         self.ddp = wrap_for_training(self.chunks, self.recipe.megatron_cfg)
         self.optimizer = build_optimizer(self.ddp, self.recipe)
         self.scheduler = build_scheduler(self.optimizer, self.recipe, self.num_updates)
+        for chunk in self._overlapping:
+            chunk.disable_forward_pre_hook(param_sync=True)
+
+    @property
+    def _overlapping(self) -> list[DistributedDataParallel]:
+        """Chunks whose weights, after an update, the next forward's hooks gather while it runs."""
+        return self.ddp if self.recipe.megatron_cfg.overlap_param_gather else []
+
+    @contextlib.contextmanager
+    def _gathering(self) -> Iterator[None]:
+        """Inside, forwards gather weights. Elsewhere none is left to gather, and a rollout, which not all data-parallel
+        ranks need run alike, neither waits in a hook of every module for every token nor meets other ranks in one.
+        """
+        for chunk in self._overlapping:
+            chunk.enable_forward_pre_hook()
+        try:
+            yield
+        finally:
+            for chunk in self._overlapping:
+                chunk.disable_forward_pre_hook(param_sync=False)
 
     def update(self, batches: list[MicroBatch], loss_fn: pipeline.LossFunction) -> Update:
         """Forward and backward over this rank's micro-batches of one mini-batch, then one optimizer step.
@@ -99,7 +121,8 @@ class MegatronPolicy:
         for chunk in self.ddp:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        return pipeline.run(self.ddp, batches, loss_fn, device=self.runtime.device, stopwatch=self.forwards)
+        with self._gathering():
+            return pipeline.run(self.ddp, batches, loss_fn, device=self.runtime.device, stopwatch=self.forwards)
 
     def grad_norm(self) -> float:
         """Norm of the gradients that are there, before clipping. Collective."""
@@ -111,9 +134,8 @@ class MegatronPolicy:
 
         With `overlap_param_gather` an update leaves that to the next forward, and a checkpoint would be saved without.
         """
-        if self.recipe.megatron_cfg.overlap_param_gather:
-            for chunk in self.ddp:
-                chunk.start_param_sync(force_sync=True)
+        for chunk in self._overlapping:
+            chunk.start_param_sync(force_sync=True)
 
     def with_own_log_probs(self, batches: list[MicroBatch]) -> list[MicroBatch]:
         """The batches with this policy's log-probs as the old ones, and the sampler's beside them.
@@ -134,4 +156,5 @@ class MegatronPolicy:
     def log_probs(self, batches: list[MicroBatch]) -> list[pipeline.MicroBatchResult]:
         """Log-probs and entropies of the scored tokens by a full forward; on the last stage only."""
         measured = {"device": self.runtime.device, "stopwatch": self.forwards}
-        return pipeline.run(self.ddp, batches, None, **measured, forward_only=True)
+        with self._gathering():
+            return pipeline.run(self.ddp, batches, None, **measured, forward_only=True)

@@ -73,7 +73,8 @@ def initialize(recipe: Recipe) -> Runtime:
     cfg = recipe.policy.megatron_cfg
     timeout = timedelta(minutes=cfg.distributed_timeout_minutes)
     if HAS_GPU:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        # Where a launcher shows each rank its own GPU alone, that is device 0 whatever the rank.
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
@@ -82,7 +83,9 @@ def initialize(recipe: Recipe) -> Runtime:
     if not dist.is_initialized():
         backend = "nccl" if HAS_GPU else "gloo"
         if "RANK" in os.environ:
-            dist.init_process_group(backend, timeout=timeout, device_id=device if HAS_GPU else None)
+            # Not bound to the device (`device_id`): then NCCL would put a send or receive between two stages in one
+            # line with every other operation of their group, and make all groups at once.
+            dist.init_process_group(backend, timeout=timeout)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     parallel_state.initialize_model_parallel(

@@ -110,7 +110,7 @@ class StateWriter:
 
     def write(self) -> list[WriteResult]:
         """Writes and flushes this rank's files side by side. Raises the first error."""
-        buckets, self._buckets = self._plan.writer.preload_tensors(self._buckets), []
+        buckets, self._buckets = self._plan.writer.preload_tensors(self._buckets, non_blocking=False), []
         if not buckets:
             return []
         with ThreadPoolExecutor(len(buckets)) as pool:

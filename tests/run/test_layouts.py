@@ -136,3 +136,20 @@ def test_training_goes_on_at_another_layout(fp32, name, tmp_path):
             assert row[key] == pytest.approx(expected[step][key], rel=1e-5, abs=1e-6), (step, key)
         for key in (key for key in row if key.startswith(("tokens/", "eval/"))):
             assert row[key] == pytest.approx(expected[step][key], rel=1e-5), (step, key)
+
+
+def test_fewer_questions_than_replicas_with_weights_gathered_by_the_forward(tmp_path):
+    """A replica without a question runs no forward, in which the others would wait for its share of the weights."""
+    inputs = tiny.write_inputs(tmp_path)
+    overlap = {DISTOPT: True, "overlap_grad_reduce": True, "overlap_param_gather": True}
+    short = (
+        "evaluation.num_questions=2",
+        "evaluation.every=1",
+        "nrt.max_num_steps=2",
+        "policy.train_global_batch_size=8",
+    )
+    tiny.train_ranks(tiny.recipe(inputs, *short, ranks=4, **overlap), 4, timeout=60)
+    overlapped = tiny.rows(tmp_path / "run")
+    tiny.train_ranks(tiny.recipe(inputs, *short, f"run_dir={tmp_path / 'one'}"), 1)
+    for expected, row in zip(tiny.rows(tmp_path / "one"), overlapped, strict=True):
+        assert row["eval/answer_prob"] == pytest.approx(expected["eval/answer_prob"], rel=1e-4)
