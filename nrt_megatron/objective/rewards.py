@@ -142,7 +142,7 @@ class TraceRewards:
     final: Tensor
     """[N]: raw, or R' = max(0, R - f(b)) with `clip_to_baseline`"""
     noise: Tensor
-    """[N]: how far rounding of the log-probs alone may move `final`"""
+    """[N]: how far rounding of the log-probs, and `settings.log_prob_error`, alone may move `final`"""
     token_signal: Tensor
     """[N, T]: alpha_i c_i of f (not of the clipped R'), 0 outside the mask"""
     token_noise: Tensor
@@ -175,6 +175,10 @@ def trace_rewards(scheme: str, log_c: Tensor, log_b: Tensor, mask: Tensor, setti
     signal = chosen.token_signal(log_c, weight_b, mask)
     # First order: a relative error of one eps in every log c_i, and one in the sum.
     noise = NOISE_FACTOR * eps * (raw.abs() + (signal * log_c).abs().sum(-1))
+    # The model's own errors, independent from token to token, move f by the norm of its gradient times one of them;
+    # a group of them alone spreads by more than twice that once in thousands.
+    noise = torch.maximum(noise, 2 * settings.log_prob_error * signal.norm(dim=-1))
+    largest = signal.abs().amax(-1) if signal.size(1) else torch.zeros_like(raw)
     better = raw - baseline > torch.maximum(noise, NOISE_FACTOR * eps * baseline.abs())
     final = raw
     if settings.clip_to_baseline:
@@ -194,7 +198,7 @@ def trace_rewards(scheme: str, log_c: Tensor, log_b: Tensor, mask: Tensor, setti
         final=final,
         noise=noise,
         token_signal=signal,
-        token_noise=NOISE_FACTOR * eps * signal.abs().amax(-1) if signal.size(1) else torch.zeros_like(raw),
+        token_noise=max(NOISE_FACTOR * eps, 2 * settings.log_prob_error) * largest,
         metrics=metrics,
     )
 

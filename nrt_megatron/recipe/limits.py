@@ -57,6 +57,7 @@ RANGES: dict[str, Range] = {
     "nrt.ratio_drop_min": NOT_NEGATIVE,
     "nrt.ratio_drop_max": ABOVE_ZERO,
     "nrt.loss_normalizer": ABOVE_ZERO,
+    "nrt.log_prob_error": NOT_NEGATIVE,
     "nrt.max_inverse_prob_weight": ABOVE_ZERO,
     "nrt.rollout_importance_cap": ABOVE_ZERO,
     "nrt.empty_trace_penalty": NOT_NEGATIVE,

@@ -59,6 +59,9 @@ class NRT:
     """A token with A > 0 and a ratio above this is dropped."""
     loss_normalizer: float = 512.0
     """Token sums are divided by this and by the number of sequences of the global batch."""
+    log_prob_error: float = 0.0
+    """Standard error of an answer token's log-prob, in nats, from the precision of the model. A group whose rewards
+    differ by no more than it explains has advantages of 0 and is counted: its noise is not scaled up. 0: float32's."""
     max_inverse_prob_weight: float = 1e6
     """Cap of 1/b_i in `weighted_inverse_prob`; capped tokens are counted."""
     empty_trace_penalty: float = 0.0

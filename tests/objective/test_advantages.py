@@ -86,6 +86,28 @@ def test_traces_that_differ_by_float32_rounding_are_equal(scheme, clip):
     assert float(worth.metrics["reward/above_baseline_share"][0]) == 0
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_traces_that_differ_by_the_models_precision_are_equal(scheme):
+    """Errors of 0.01 nats, as bfloat16 makes them, are scaled up to advantages above 2 unless the settings name them;
+    a trace that raises every token by ten times as much is still better."""
+    generator = torch.Generator().manual_seed(0)
+    log_b = (-torch.rand(64, 1, 20, generator=generator)).expand(64, 8, 20)
+    log_c = log_b + 0.01 * torch.randn(64, 8, 20, generator=generator)
+    log_c[0, 3] += 0.1
+    log_b, log_c = log_b.reshape(-1, 20).clamp(max=0), log_c.reshape(-1, 20).clamp(max=0)
+    mask, group = torch.ones_like(log_c, dtype=torch.bool), torch.arange(64).repeat_interleave(8)
+
+    def advantages(error: float):
+        worth = trace_rewards(scheme, log_c, log_b, mask, replace(NRT(), log_prob_error=error))
+        return group_advantages(worth.final, group, "mean", "std", worth.noise)
+
+    found, metrics = advantages(0.01)
+    assert share(metrics) == (63.0, 64.0) and not found[8:].any()
+    assert found[:8].argmax() == 3 and found[3] > 2
+    noisy, metrics = advantages(0.0)
+    assert share(metrics) == (0.0, 64.0) and noisy.abs().max() > 2
+
+
 def test_huge_and_tiny_rewards_neither_overflow_nor_underflow():
     rewards = torch.tensor([1e300, 3e300, 1e-300, 3e-300], dtype=torch.float64)
     advantages, _ = group_advantages(rewards, torch.tensor([0, 0, 1, 1]), "mean", "std")
