@@ -9,6 +9,7 @@ training, rollout and scoring, and the sampler's log-probs are the trainer's to 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -25,13 +26,16 @@ from torch.nn.attention.bias import causal_lower_right
 
 from nrt_megatron.mcore import context
 
+_ALIGNMENT = 8
+"""Elements."""
+
 
 class SDPACoreAttention(MegatronModule):
     """Drop-in for Megatron's `core_attention` modules (same constructor, same layouts).
 
-    With an `attention_mask` (bool [b, 1, sq, sk], True = hidden, Megatron's convention) exactly that mask
-    acts. Without one attention is causal within the sliding window of the config, if any: the queries are the last
-    of the keys' positions.
+    With an `attention_mask` (`additive`, [b, 1, sq, sk] in the queries' dtype) exactly that mask acts: it is made once
+    for all layers, and autograd keeps one. Without one attention is causal within the sliding window of the config, if
+    any: the queries are the last of the keys' positions.
 
     Under context parallelism queries, keys and values are those of this rank's two chunks (`context`), a mask is
     [b, 1, s / cp, s], and keys and values of the whole sequence are gathered.
@@ -93,12 +97,11 @@ class SDPACoreAttention(MegatronModule):
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, heads, s, d]
         sq, sk = q.size(2), k.size(2)
         if attention_mask is None and self.window and sk > self.window:
-            rows = torch.arange(sk, device=k.device)[None]
-            attention_mask = hidden_columns(rows[:, sk - sq :], rows, window=self.window)
-        heads = q.shape
-        if attention_mask is not None and q.is_cuda:
+            attention_mask = _within_window(sq, sk, self.window, q.dtype, q.device)
+        heads, mask = q.shape, attention_mask
+        assert mask is None or mask.dtype == q.dtype, "any other mask would be converted, and kept, in every layer"
+        if mask is not None and q.is_cuda:
             q, k, v = ungrouped(q, k, v)
-        mask = None if attention_mask is None else ~attention_mask
         if mask is None and 1 < sq < sk:
             mask = causal_lower_right(sq, sk)
         out = F.scaled_dot_product_attention(
@@ -187,7 +190,32 @@ def hidden_columns(
         hidden |= ~key_exists[:, None, :]
     if branches is not None and query_branches is not None:
         own, seen = query_branches[:, :, None], branches[:, None, :]
-        hidden |= (seen != own) & (seen != 0)
+        foreign = seen != own
+        foreign &= seen != 0
+        hidden |= foreign
     blind = hidden.all(dim=-1)
     hidden[..., 0] &= ~blind
     return hidden[:, None]
+
+
+def additive(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """What attention adds to its scores: `dtype` in the shape of `hidden` (bool [..., sk]), -inf where that is True.
+
+    Rows begin at multiples of 8 elements: torch's memory-efficient kernel for GPUs takes such a mask as it is, and of
+    any other a padded copy in each layer (`preprocess_mask` in aten/src/ATen/native/transformers/attention.cpp).
+    """
+    *rows, columns = hidden.shape
+    padded = torch.zeros(*rows, -(-columns // _ALIGNMENT) * _ALIGNMENT, dtype=dtype, device=hidden.device)
+    return padded[..., :columns].masked_fill_(hidden, -torch.inf)
+
+
+@functools.lru_cache(maxsize=2)  # a context-parallel rank has two chunks
+def _within_window(queries: int, keys: int, window: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Mask [1, 1, sq, sk] of the last `queries` of `keys` positions, kept for the next layer until `forget_windows`."""
+    rows = torch.arange(keys, device=device)[None]
+    return additive(hidden_columns(rows[:, keys - queries :], rows, window=window), dtype)
+
+
+def forget_windows() -> None:
+    """Frees the masks of sliding windows that layers share."""
+    _within_window.cache_clear()

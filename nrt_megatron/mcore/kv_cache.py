@@ -10,7 +10,7 @@ import torch.distributed as dist
 from megatron.core.inference.contexts import StaticInferenceContext
 from torch import Tensor
 
-from nrt_megatron.mcore.attention import hidden_columns, whole_sequences
+from nrt_megatron.mcore.attention import additive, hidden_columns, whole_sequences
 from nrt_megatron.mcore.model import PolicyModel, ScoredTokens
 from nrt_megatron.mcore.precision import rollout_precision, set_sequence_parallel
 
@@ -115,12 +115,12 @@ class KVCache:
         self.exists[rows, start:end] = True if exists is None else exists
         self.context.sequence_len_offset, self.context.batch_size_offset = start, first_row
         ragged = self._ragged or exists is not None
-        window = self.chunks[0].config.window_size
+        config = self.chunks[0].config
+        window = config.window_size[0] + 1 if config.window_size else None
         mask = None
         if ragged or window or (start > 0 and s > 1):
-            mask = hidden_columns(
-                positions, self.positions[rows, :end], self.exists[rows, :end], window[0] + 1 if window else None
-            )
+            hidden = hidden_columns(positions, self.positions[rows, :end], self.exists[rows, :end], window)
+            mask = additive(hidden, config.params_dtype)
         labels = None if targets is None else _every_column(targets)
         output = self._through_pipeline(tokens, positions, mask, labels, shared_rows=not ragged)
         return output if output is None or targets is None else output[0].view(n, s)

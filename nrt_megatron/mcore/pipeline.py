@@ -9,10 +9,11 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from nrt_megatron.data.batch import MicroBatch
-from nrt_megatron.mcore.attention import hidden_columns
+from nrt_megatron.mcore.attention import additive, forget_windows, hidden_columns
 from nrt_megatron.mcore.context import Share, of_all_ranks, share_of
 from nrt_megatron.mcore.model import ScoredTokens, unwrap
 from nrt_megatron.mcore.stopwatch import Stopwatch
@@ -32,14 +33,33 @@ class MicroBatchResult:
     """None in a forward without a loss; its tensors are detached."""
 
 
-def _mask(batch: MicroBatch, share: Share, window: tuple[int, int] | None) -> Tensor | None:
-    """What this rank's tokens may not see of all; None where attention is causal along the row, which the core
-    attention does without a mask."""
+class _Underway:
+    """A micro-batch on its way through the model chunks of this rank, which share its mask."""
+
+    def __init__(self, batch: MicroBatch, num_chunks: int) -> None:
+        self.batch, self.share = batch, share_of(batch)
+        self._chunks_left = num_chunks
+        self._mask: Tensor | None = None
+
+    def mask(self, config: TransformerConfig) -> Tensor | None:
+        """Of what this rank's tokens may see of all, to be asked for once by each chunk; None where attention is causal
+        along the row, which the core attention does without one.
+
+        Made for the first chunk. From the last one on nobody but autograd holds it.
+        """
+        mask = _mask(self.batch, self.share, config) if self._mask is None else self._mask
+        self._chunks_left -= 1
+        self._mask = mask if self._chunks_left else None
+        return mask
+
+
+def _mask(batch: MicroBatch, share: Share, config: TransformerConfig) -> Tensor | None:
     if batch.branches is None:
         return None
-    positions, exists = batch.position_ids, batch.branches >= 0
-    width = window[0] + 1 if window else None
-    return hidden_columns(share.position_ids, positions, exists, width, batch.branches, share.branches)
+    window = config.window_size[0] + 1 if config.window_size else None
+    exists = batch.branches >= 0
+    hidden = hidden_columns(share.position_ids, batch.position_ids, exists, window, batch.branches, share.branches)
+    return additive(hidden, config.params_dtype)
 
 
 def _forward_step(loss_fn: LossFunction | None):
@@ -48,13 +68,14 @@ def _forward_step(loss_fn: LossFunction | None):
     Context-parallel ranks compute the same loss, of whole sequences; one of them counts the sequences.
     """
 
-    def step(batches: Iterator[tuple[MicroBatch, Share]], model: torch.nn.Module):
-        batch, share = next(batches)
+    def step(batches: Iterator[_Underway], model: torch.nn.Module):
+        underway = next(batches)
+        batch, share = underway.batch, underway.share
         scored = slice(None) if share.scored is None else share.scored
         output = model(
             share.tokens,
             share.position_ids,
-            _mask(batch, share, unwrap(model).config.window_size),
+            underway.mask(unwrap(model).config),
             labels=ScoredTokens(share.sources, batch.targets[scored], batch.scale[scored]),
             shared_rows=batch.branches is None,
         )
@@ -107,15 +128,18 @@ def run(
     config.finalize_model_grads_func = finalize_model_grads
     # Gradients are exchanged (`overlap_grad_reduce`) in the last micro-batch's backward pass alone.
     config.no_sync_func = [chunk.no_sync for chunk in chunks] if len(chunks) > 1 else chunks[0].no_sync
-    moved = [batch.to(device) for batch in batches]
-    shared = [(batch, share_of(batch)) for batch in moved]  # before a stage could wait for another one
-    iterators = [iter(shared) for _ in chunks]
-    return get_forward_backward_func()(
-        forward_step_func=stopwatch.measuring(_forward_step(loss_fn)),
-        data_iterator=iterators if len(chunks) > 1 else iterators[0],
-        model=chunks if len(chunks) > 1 else chunks[0],
-        num_microbatches=len(batches),
-        seq_length=max(b.tokens.size(1) for b in batches),
-        micro_batch_size=batches[0].tokens.size(0),
-        forward_only=forward_only,
-    )
+    # Shares are cut before a stage could wait for another one.
+    underway = [_Underway(batch.to(device), len(chunks)) for batch in batches]
+    iterators = [iter(underway) for _ in chunks]
+    try:
+        return get_forward_backward_func()(
+            forward_step_func=stopwatch.measuring(_forward_step(loss_fn)),
+            data_iterator=iterators if len(chunks) > 1 else iterators[0],
+            model=chunks if len(chunks) > 1 else chunks[0],
+            num_microbatches=len(batches),
+            seq_length=max(b.tokens.size(1) for b in batches),
+            micro_batch_size=batches[0].tokens.size(0),
+            forward_only=forward_only,
+        )
+    finally:
+        forget_windows()

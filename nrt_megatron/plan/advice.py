@@ -20,6 +20,7 @@ _CFG = "policy.megatron_cfg."
 _BATCH = "policy.generation.max_batch_size"
 _CACHE = "policy.generation.max_cache_tokens"
 _MICRO = "policy.train_micro_batch_size"
+_PACKING = "policy.sequence_packing.enabled"
 
 Change = dict[str, Any]
 """Dotted keys and their new values."""
@@ -58,6 +59,9 @@ def _changes(request: Request) -> Iterator[Change]:
             yield from ({_CACHE: tokens} for tokens in _halves(policy.generation.max_cache_tokens, 1))
         yield from ({_BATCH: rows} for rows in _halves(policy.generation.max_batch_size, traces))
     yield from ({_MICRO: size} for size in _halves(policy.train_micro_batch_size, 1))
+    if policy.sequence_packing.enabled:
+        sizes = (policy.train_micro_batch_size, *_halves(policy.train_micro_batch_size, 1))
+        yield from ({_PACKING: False, _MICRO: size} for size in sizes)
     yield {
         f"{_CFG}recompute_granularity": "full",
         f"{_CFG}recompute_method": "uniform",

@@ -33,6 +33,11 @@ class Pass:
     """Tokens of each that go through the output layer; None: all."""
 
     @property
+    def packed(self) -> bool:
+        """Whether each sequence is a tree, which attention sees through a mask."""
+        return self.trunk > 0
+
+    @property
     def num_scored(self) -> float:
         return self.sequences * (self.tokens if self.scored is None else self.scored)
 
@@ -87,6 +92,19 @@ class Costs:
         before = work.cached + work.trunk
         branch = (work.tokens - work.trunk) / work.branches
         return causal(before) - causal(work.cached) + work.branches * (causal(before + branch) - causal(before))
+
+    def mask_columns(self, work: Pass) -> float:
+        """Keys for each query in the mask that attention is given, all of which it computes scores of; 0 without one.
+
+        `mcore/attention.py`: trees have a mask, and so have sliding windows that do not reach the first key. Of the
+        latter a context-parallel rank takes the keys that a chunk of it can see.
+        """
+        keys, window = work.cached + work.tokens, self.shape.sliding_window
+        if work.packed:
+            return keys
+        if not window or keys <= window:
+            return 0.0
+        return keys if self.layout.cp == 1 else min(keys, work.tokens / (2 * self.layout.cp) + window)
 
     def attention_flops(self, work: Pass) -> float:
         """Forward, one layer, all its ranks: two products over the attended pairs."""
@@ -166,11 +184,15 @@ class Costs:
         return peak * 1e12 * efficiency.MATMUL
 
     def _attention(self, work: Pass, backward: bool) -> float:
-        """Products, or reading the cached keys and values where that takes longer (decoding)."""
+        """Products, or reading the cached keys and values where that takes longer (decoding).
+
+        Under a mask products are of all pairs; that it is read for each head hides behind them.
+        """
         ranks = self.layout.tp * self.layout.cp
         hardware = self.layout.hardware
         peak = hardware.bf16_tflops if self.cfg.bf16 else hardware.fp32_tflops
-        flops = self.attention_flops(work) * (2.5 if backward else 1) / ranks
+        masked = work.tokens * self.mask_columns(work) / self.attended(work)
+        flops = self.attention_flops(work) * max(1.0, masked) * (2.5 if backward else 1) / ranks
         groups = self.shape.num_query_groups / self.layout.tp
         cache = 2 * groups * self.shape.kv_channels * self.element * work.cached * work.sequences
         return max(flops / (peak * 1e12 * efficiency.ATTENTION), cache / self._memory_rate)

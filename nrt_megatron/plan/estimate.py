@@ -126,6 +126,18 @@ def _padded(request: Request, work: Pass) -> Pass:
     return replace(work, tokens=tokens, scored=work.num_scored / work.sequences)
 
 
+def _longest_micro_batch(request: Request) -> Pass:
+    """The largest that the recipe admits, padded; in a tree traces and answers are at their limits."""
+    policy, multiple = request.recipe.policy, token_multiple(request.recipe.policy)
+    work = Pass(policy.train_micro_batch_size, policy.max_total_sequence_length)
+    if request.lengths is not None and policy.sequence_packing.enabled:
+        branches, limits = num_traces_per_prompt(request.recipe), Lengths.limits(request.recipe)
+        behind = limits.total - limits.prompt
+        prompt = min(limits.prompt, work.tokens - behind)
+        work = Pass(work.sequences / branches, prompt + branches * behind, branches=branches, trunk=prompt)
+    return replace(work, tokens=math.ceil(work.tokens / multiple) * multiple)
+
+
 def _rollout(request: Request, costs: Costs, micro_batch: Pass, num_micro_batches: int) -> tuple[Phase, Phase]:
     """Sampling; and scoring, with the trainer's own log-probs of all sequences where the recipe weighs by them."""
     assert request.lengths is not None
@@ -148,8 +160,7 @@ def _rollout(request: Request, costs: Costs, micro_batch: Pass, num_micro_batche
 def _stages(request: Request, costs: Costs, num_micro_batches: int) -> list[StagePlan]:
     """Memory of every stage, for the longest sequences that the recipe admits."""
     recipe, layout = request.recipe, costs.layout
-    multiple, length = token_multiple(recipe.policy), recipe.policy.max_total_sequence_length
-    longest = Pass(recipe.policy.train_micro_batch_size, math.ceil(length / multiple) * multiple)
+    longest = _longest_micro_batch(request)
     drawing, batch = rollout_costs(recipe, costs), None
     if request.samples:
         of_rank = math.ceil(recipe.nrt.num_prompts_per_step / drawing.layout.dp)

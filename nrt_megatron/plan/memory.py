@@ -89,16 +89,20 @@ def _fp8_weights(costs: Costs, stage: Stage) -> float:
     return matrices * (2 - costs.element if costs.cfg.fp8_param else 2)
 
 
-def layer_activations(costs: Costs, *, fp8: bool = False) -> float:
+def layer_activations(costs: Costs, *, fp8: bool = False, masked: bool = False) -> float:
     """Bytes a token that one layer keeps for its backward pass; Korthikanti et al. 2022, section 4, for SwiGLU.
 
     Kept in the activations' type: inputs of both norms, rotated queries and keys, values, the attention's output and
     what enters a fused SwiGLU. The inputs of the four linear maps are kept in FP8 where these run in it; else the
-    attention's output is the projection's input. Fused attention keeps no scores, only an fp32 sum a head.
+    attention's output is the projection's input. Fused attention keeps no scores, only an fp32 sum a head. The kernel
+    for masks knows no grouped heads: it keeps keys and values once for each query head (`attention.ungrouped`), and
+    those of whole sequences on context-parallel ranks.
     """
     shape, tp, split = costs.shape, costs.layout.tp, costs.layout.norm_split
     element, saved = costs.element, 1 if fp8 else costs.element
     heads, groups = shape.num_attention_heads * shape.kv_channels, shape.num_query_groups * shape.kv_channels
+    if masked and groups < heads and costs.cfg.recompute_granularity != "selective":
+        groups = heads * costs.layout.cp
     inner = element * (2 * heads + 2 * groups + 2 * shape.ffn_hidden_size) + 4 * shape.num_attention_heads
     inner += saved * (shape.ffn_hidden_size + (heads if fp8 else 0))
     return 2 * shape.hidden_size * (element + saved) / split + inner / tp
@@ -119,8 +123,9 @@ def _activations(costs: Costs, stage: Stage, work: Pass, num_micro_batches: int)
     layout, cfg = costs.layout, costs.cfg
     tokens = work.sequences * work.tokens / layout.cp
     passes = in_flight(stage.index, layout.pp, layout.chunks, num_micro_batches) / layout.chunks
-    fp8_share = stage.fp8_layers / stage.layers if stage.layers else 0.0
-    layer = layer_activations(costs, fp8=True) * fp8_share + layer_activations(costs) * (1 - fp8_share)
+    fp8_share, masked = stage.fp8_layers / stage.layers if stage.layers else 0.0, costs.mask_columns(work) > 0
+    layer = layer_activations(costs, fp8=True, masked=masked) * fp8_share
+    layer += layer_activations(costs, masked=masked) * (1 - fp8_share)
     again = recomputed_layers(costs, stage)
     kept = layer * (stage.layers - again)
     if again:
@@ -131,7 +136,18 @@ def _activations(costs: Costs, stage: Stage, work: Pass, num_micro_batches: int)
     else:
         layer_now = 0.0
     last = (4 if stage.last else 0) * costs.element * costs.shape.hidden_size  # final norm, gathered and chosen
-    return tokens * (kept * passes + layer_now + last)
+    return tokens * (kept * passes + layer_now + last) + _masks(costs, stage, work, num_micro_batches)
+
+
+def _masks(costs: Costs, stage: Stage, work: Pass, num_micro_batches: int) -> float:
+    """One of each micro-batch in flight, which all its layers share; without packing all its sequences, too."""
+    layout = costs.layout
+    # Passes are those of a round of micro-batches through each chunk in turn, then of the next round.
+    passes = in_flight(stage.index, layout.pp, layout.chunks, num_micro_batches)
+    rounds, begun = divmod(passes, layout.pp * layout.chunks)
+    micro_batches = min(num_micro_batches, rounds * layout.pp + min(begun, layout.pp))
+    mask = costs.element * work.tokens / layout.cp * costs.mask_columns(work)
+    return micro_batches * mask * (work.sequences if work.packed else 1)
 
 
 def _update_workspace(costs: Costs, stage: Stage, work: Pass) -> float:

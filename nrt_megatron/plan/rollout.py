@@ -116,15 +116,14 @@ class RolloutBatch:
     def workspace_bytes(self, costs: Costs, stage: Stage) -> float:
         """The larger of the prompts' forward pass, that of marker and answer on all rows, and drawing a token.
 
-        A forward pass holds one layer at a time; sequence parallelism is off. Masks are bool, and once more in the
-        activations' type inside the attention kernel. Drawing holds the gathered logits in several types.
+        A forward pass holds one layer at a time, and one mask; sequence parallelism is off. Drawing holds the gathered
+        logits in several types.
         """
         shape, lengths, element = costs.shape, self.lengths, costs.element
         rows = self.most_prompts * self.traces
         token = element * (4 * shape.hidden_size + 4 * shape.ffn_hidden_size / costs.layout.tp)
-        mask = 1 + element
-        prefill = self._slice(self.most_prompts, lengths.prompt) * (token + mask * lengths.prompt)
-        scoring = self._slice(rows, MARKER + lengths.answer) * (token + mask * lengths.columns)
+        prefill = self._slice(self.most_prompts, lengths.prompt) * (token + element * lengths.prompt)
+        scoring = self._slice(rows, MARKER + lengths.answer) * (token + element * lengths.columns)
         logits = vocab_matrix(shape, costs.cfg) / shape.hidden_size / costs.layout.tp * costs.cfg.logprob_chunk_size
         drawing = (element * rows + 28 * min(rows, ROWS_AT_ONCE)) * shape.vocab_size
         return max(prefill, scoring + stage.last * 8 * logits, stage.last * drawing)

@@ -14,7 +14,7 @@ from nrt_megatron.convert.importer import import_hf
 from nrt_megatron.data import Example
 from nrt_megatron.data.batch import SequenceGrid, micro_batch, micro_batches
 from nrt_megatron.mcore import HAS_GPU, runtime
-from nrt_megatron.mcore.attention import SDPACoreAttention, hidden_columns
+from nrt_megatron.mcore.attention import SDPACoreAttention, additive, hidden_columns
 from nrt_megatron.mcore.checkpoint import Saver, load, load_weights
 from nrt_megatron.mcore.generate import MegatronGenerator
 from nrt_megatron.mcore.model import build_chunks, use_transformer_engine
@@ -228,7 +228,7 @@ def test_attention_of_a_later_chunk_is_that_of_the_mask(dtype, tolerance, groups
     core.shared_by, core.window, core.softmax_scale = None, None, None
     rows = torch.arange(384, device="cuda")[None]
     results = []
-    for mask in (None, hidden_columns(rows[:, 256:], rows)):
+    for mask in (None, additive(hidden_columns(rows[:, 256:], rows), dtype)):
         out = core(*inputs, mask)
         results.append([out, *torch.autograd.grad(out.float().square().sum(), inputs)])
     for got, expected in zip(*results):

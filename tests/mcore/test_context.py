@@ -12,7 +12,7 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 
 from nrt_megatron.data.batch import micro_batch
 from nrt_megatron.mcore import context, runtime
-from nrt_megatron.mcore.attention import SDPACoreAttention, hidden_columns, whole_sequences
+from nrt_megatron.mcore.attention import SDPACoreAttention, additive, hidden_columns, whole_sequences
 from tests.distributed import run_ranks
 from tests.mcore import tiny
 
@@ -61,7 +61,7 @@ def attend(ranks: int, window: int | None, packed: bool):
     mask = None
     if packed:
         mine = get_batch_on_this_cp_rank({"p": positions, "b": tree}, cp_group=group)
-        mask = hidden_columns(mine["p"], positions, tree >= 0, window, tree, mine["b"])
+        mask = additive(hidden_columns(mine["p"], positions, tree >= 0, window, tree, mine["b"]), torch.float64)
     out = attention(window)(*parts, mask)
     (out * own(weight, group)).sum().backward()
     pairs = [(out, expected), *((part.grad, x.grad) for part, x in zip(parts, wholes))]

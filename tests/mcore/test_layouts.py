@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from nrt_megatron.convert import names
 from nrt_megatron.convert.config import ModelShape
 from nrt_megatron.convert.layout import split
 from nrt_megatron.data.batch import SequenceGrid
+from nrt_megatron.mcore import attention
 from nrt_megatron.mcore.hf import global_parameters
 from nrt_megatron.mcore.policy import MegatronPolicy
 from nrt_megatron.recipe import NRT, Recipe, SequencePacking
@@ -170,6 +173,46 @@ def test_the_micro_batch_size_changes_nothing(alone, mbs, name):
 def test_packing_the_traces_of_a_prompt_as_a_tree_changes_nothing(alone, mbs, name):
     world, layout = LAYOUTS[name] if name else (1, {})
     compare(alone, run_ranks(world, train, alone[0], mbs, {**layout, "packing": True}))
+
+
+def masks_of_an_update(directory, mbs: int, layout: dict) -> tuple[int, int, int]:
+    """Masks that the kernel was given in an update, told apart by their memory; those autograd kept; micro-batches."""
+    recipe = settings(mbs, dict(layout))
+    policy = tiny.policy(directory, recipe)
+    given, kept, plain = {}, set(), F.scaled_dot_product_attention
+
+    def spy(*inputs, attn_mask, **how):
+        if type(attn_mask) is torch.Tensor:  # and no causal bias, which holds nothing
+            given[attn_mask.untyped_storage().data_ptr()] = attn_mask  # held: no other one gets its address
+        return plain(*inputs, attn_mask=attn_mask, **how)
+
+    def keep(saved: torch.Tensor) -> torch.Tensor:
+        if saved.is_floating_point() and saved.isneginf().any():
+            kept.add(saved.untyped_storage().data_ptr())
+        return saved
+
+    attention.F = SimpleNamespace(scaled_dot_product_attention=spy)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
+        update(policy, local(tiny.grid(SEQUENCES), policy), recipe)
+    assert kept <= set(given) and all(mask.is_floating_point() for mask in given.values())
+    return len(given), len(kept), SEQUENCES // policy.runtime.dp_size // mbs
+
+
+@pytest.mark.parametrize("name", [None, "recompute", "recompute-tp2", "pp2-vpp2", "cp2", "cp2-recompute-attention"])
+def test_layers_and_chunks_share_the_mask_of_a_packed_micro_batch(alone, name):
+    world, layout = LAYOUTS[name] if name else (1, {})
+    for given, kept, micro_batches in run_ranks(world, masks_of_an_update, alone[0], 4, {**layout, "packing": True}):
+        assert given == micro_batches == 2
+        assert kept == given or "cp2" in name  # there other hooks see what is saved
+
+
+@pytest.mark.parametrize("name", [None, "recompute", "cp2"])
+def test_layers_share_the_mask_of_a_sliding_window(alone, name):
+    """One for each width: a context-parallel rank has two, of which the first may be within the window."""
+    directory, shape, _, _ = alone
+    world, layout = LAYOUTS[name] if name else (1, {})
+    for given, _, _ in run_ranks(world, masks_of_an_update, directory, 8, layout):
+        assert given == 0 if shape.sliding_window is None else 1 <= given <= world
 
 
 def test_the_weights_did_move(alone):

@@ -6,11 +6,11 @@ import pytest
 
 from nrt_megatron.convert.config import ModelShape
 from nrt_megatron.plan import load_hardware, plan
-from nrt_megatron.plan.costs import Costs
+from nrt_megatron.plan.costs import Costs, Pass
 from nrt_megatron.plan.layout import Layout
-from nrt_megatron.plan.memory import GIB, in_flight, layer_activations
+from nrt_megatron.plan.memory import GIB, in_flight, layer_activations, stage_memory
 from nrt_megatron.plan.rollout import Lengths, RolloutBatch
-from nrt_megatron.recipe import Cluster, Data, Generation, Megatron, Model, Policy, Recipe
+from nrt_megatron.recipe import Cluster, Data, Generation, Megatron, Model, Policy, Recipe, SequencePacking
 
 from .test_parameters import LLAMA_70B
 
@@ -94,6 +94,55 @@ def test_recomputation_keeps_inputs_alone():
     assert stage.activations_gib * GIB == pytest.approx(kept)
     plain = plan(recipe(sequence_parallel=True), load_hardware("h100"), True, build=False).stages[1]
     assert plain.activations_gib * GIB == pytest.approx(8192 * 3 * 20 * layer_activations(costs(settings)))
+
+
+def test_layers_share_the_mask_of_a_micro_batch():
+    """Trees of 8,000 columns, three micro-batches in flight on the second of four stages: 2 x 8000 x 8000 bytes each;
+    keys and values of 20 layers in the kernel for masks are of 64 heads, not 8."""
+    at = costs(recipe(sequence_parallel=True))
+    stage = at.layout.stages[1]
+    tree, row = Pass(1, 8000, branches=4, trunk=1000), Pass(1, 8000)
+    packed, plain = (stage_memory(at, stage, work, 16, None).activations for work in (tree, row))
+    heads = 2 * 2 * (64 - 8) * 128 / 8 * 8000 * 20 * 3
+    assert packed - plain == pytest.approx(3 * 2 * 8000**2 + heads)
+    assert layer_activations(at, masked=True) - layer_activations(at) == 2 * 2 * (64 - 8) * 128 / 8
+    selective = costs(recipe(recompute_granularity="selective"))
+    assert layer_activations(selective, masked=True) == layer_activations(selective)
+    # Two chunks, the first of four stages: 2 x 3 + 4 + 1 passes, of seven micro-batches.
+    chunks = costs(recipe(virtual_pipeline_model_parallel_size=2, recompute_granularity="selective"))
+    packed, plain = (stage_memory(chunks, chunks.layout.stages[0], w, 16, None).activations for w in (tree, row))
+    assert packed - plain == pytest.approx(7 * 2 * 8000**2)
+
+
+def test_the_mask_of_a_sliding_window_is_that_of_all_sequences():
+    """Beyond the window; under context parallelism of the keys that a chunk of 1,000 can see."""
+    at = costs(recipe(recompute_granularity="selective"))
+    windowed = replace(at, shape=replace(at.shape, sliding_window=4000))
+    held = [stage_memory(c, c.layout.stages[3], Pass(4, 8000), 16, None).activations for c in (at, windowed)]
+    assert held[1] - held[0] == pytest.approx(2 * 8000**2)
+    inside = stage_memory(windowed, windowed.layout.stages[3], Pass(4, 4000), 16, None)
+    assert inside == stage_memory(at, at.layout.stages[3], Pass(4, 4000), 16, None)
+    shared = replace(windowed, layout=costs(recipe(context_parallel_size=4)).layout)
+    plain = replace(shared, shape=at.shape)
+    held = [stage_memory(c, c.layout.stages[3], Pass(4, 8000), 16, None).activations for c in (plain, shared)]
+    assert held[1] - held[0] == pytest.approx(2 * 2000 * 5000)
+
+
+def test_the_largest_tree_has_long_traces():
+    """Eight of 2048 + 1 + 500 tokens behind a prompt of 1,000."""
+    data = Data(train="unused", max_prompt_tokens=1000, max_answer_tokens=500)
+    settings = recipe(data=data, generation=Generation(max_new_tokens=2048), recompute_granularity="selective")
+    policy = replace(
+        settings.policy,
+        tokenizer=replace(settings.policy.tokenizer, path="t"),
+        train_micro_batch_size=8,
+        sequence_packing=SequencePacking(enabled=True),
+    )
+    last = plan(replace(settings, policy=policy), load_hardware("h100"), build=False).stages[3]
+    width = 1000 + 8 * (2048 + 1 + 500)
+    final = 4 * 2 * 8192
+    kept = width * (20 * layer_activations(costs(settings)) + final) + 2 * width**2
+    assert last.activations_gib * GIB == pytest.approx(kept)
 
 
 def test_kv_cache_of_the_largest_batch():

@@ -9,7 +9,7 @@ from nrt_megatron.plan.costs import Costs, Pass, Seconds
 from nrt_megatron.plan.rollout import Lengths, RolloutBatch, rollout_work
 from nrt_megatron.plan.traffic import update_traffic
 from nrt_megatron.plan.training import update_time
-from nrt_megatron.recipe import Recipe
+from nrt_megatron.recipe import Recipe, SequencePacking
 
 from .test_memory import costs, recipe
 
@@ -185,18 +185,36 @@ def test_fine_tuning_has_no_rollout():
     assert planned.update.tokens == 256 * (300 + 1 + 415)
 
 
-def test_packed_prompts_are_trained_on_once():
+@pytest.mark.parametrize("prompt,trace,pays", [(4000, 100, True), (300, 2048, False)])
+def test_packed_prompts_are_trained_on_once(prompt, trace, pays):
+    """Of long prompts that saves work; in a tree of long traces attention computes pairs that no token sees."""
     settings = recipe(use_distributed_optimizer=True)
     policy = replace(settings.policy, tokenizer=replace(settings.policy.tokenizer, path="t"), train_micro_batch_size=8)
-    rows = plan(replace(settings, policy=policy), load_hardware("h200"), build=False)
-    packing = replace(policy.sequence_packing, enabled=True)
-    trees = plan(
-        replace(settings, policy=replace(policy, sequence_packing=packing)),
-        load_hardware("h200"),
-        build=False,
+    rows, trees = (
+        plan(
+            replace(settings, policy=replace(policy, sequence_packing=SequencePacking(enabled=enabled))),
+            load_hardware("h200"),
+            prompt_tokens=prompt,
+            trace_tokens=trace,
+            build=False,
+        )
+        for enabled in (False, True)
     )
-    assert rows.update.tokens - trees.update.tokens == 256 * 7 * 300
-    assert trees.update.seconds < rows.update.seconds
+    assert rows.update.tokens - trees.update.tokens == 256 * 7 * prompt
+    assert (trees.update.seconds < rows.update.seconds) is pays
+
+
+def test_a_masked_attention_computes_all_pairs():
+    """A tree of 30 columns; a window of 10 in 100 columns, and on one of two ranks with chunks of 25."""
+    at = costs(recipe())
+    tree = Pass(1, 30, branches=4, trunk=10)
+    assert at.mask_columns(tree) == 30 and at.mask_columns(Pass(1, 30)) == 0
+    seconds = 4 * 30 * 30 * 8192 / 8 / (989.4e12 * 0.35)
+    assert at.layer(tree).attention == pytest.approx(seconds)
+    windowed = replace(at, shape=replace(at.shape, sliding_window=10))
+    assert windowed.mask_columns(Pass(1, 10)) == 0 and windowed.mask_columns(Pass(1, 100)) == 100
+    shared = replace(windowed, layout=costs(recipe(context_parallel_size=2)).layout)
+    assert shared.mask_columns(Pass(1, 100)) == 25 + 10
 
 
 def test_seconds_add_and_scale():
