@@ -22,6 +22,9 @@ NODES = ("n1", "n2")
 GPUS_PER_NODE = 8
 """Character devices that nothing can compute on: enough for Slurm to schedule a `--gpus-per-node=8` header."""
 
+_FINAL_STATES = tuple("BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED TIMEOUT".split())
+"""Of a job; the many others pass, and are seen for moments alone, such as SIGNALING while a signal is sent."""
+
 _SLURM_CONF = """\
 ClusterName=nrt
 SlurmctldHost=ctl(127.0.0.1)
@@ -91,7 +94,7 @@ class Job:
     @property
     def ended(self) -> bool:
         """Whether the job has left the queue for good."""
-        return self.state not in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED")
+        return self.state in _FINAL_STATES
 
     def log(self) -> str:
         """The batch script's output so far."""
