@@ -190,9 +190,10 @@ def test_dry_run_as_typed(home):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_real_model_on_real_text(home, smollm2_dir):
-    """What `make smollm2` runs once the environment is there, with one step instead of ten."""
+    """What `make smollm2` runs once the environment is there, with one step of two prompts instead of ten of four."""
     shutil.copytree(smollm2_dir, home / "runs/smollm2", ignore=shutil.ignore_patterns("megatron", "release"))
-    short = "ARGS=nrt.max_num_steps=1 evaluation.num_questions=2"
+    short = "ARGS=nrt.max_num_steps=1 nrt.num_prompts_per_step=2 policy.train_global_batch_size=8"
+    short += " evaluation.num_questions=2"
     lines = sh([*DRY_MAKE, "smollm2", short], ROOT).splitlines()
     lines = lines[next(i for i, line in enumerate(lines) if "fetch_smollm2" in line) :]
     assert len(lines) == 6

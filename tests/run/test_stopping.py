@@ -16,9 +16,9 @@ import pytest
 from nrt_megatron.checkpoints import newest_first
 from tests.run import tiny
 from tests.run.test_resume import assert_same_tensors
-from tests.run.tiny import DISTOPT, TP
+from tests.run.tiny import DISTOPT, ROOT, TP
 
-ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -119,25 +119,20 @@ def wait_for_step(process: subprocess.Popen[str], run: Path, step: int) -> None:
         time.sleep(0.02)
 
 
+def wait_until_idle(process: psutil.Process) -> None:
+    """Until it has hardly used a processor for a second: it waits for something."""
+    used, now = 0.0, 1.0
+    while now - used > 0.05:
+        used = now
+        time.sleep(1)
+        times = process.cpu_times()
+        now = times.user + times.system
+
+
 @pytest.fixture
 def slow_steps(tmp_path, monkeypatch) -> None:
     """Every step of every process started from here takes at least half a second."""
-    (tmp_path / "site").mkdir()
-    (tmp_path / "site/sitecustomize.py").write_text(
-        "import os, sys\n"
-        "if 'RANK' in os.environ:\n"
-        "    import importlib.abc, importlib.util\n"
-        "    class Slow(importlib.abc.MetaPathFinder):\n"
-        "        def find_spec(self, name, path, target=None):\n"
-        "            if name != 'nrt_megatron.trainer': return None\n"
-        "            sys.meta_path.remove(self)\n"
-        "            import time, nrt_megatron.run as run\n"
-        "            finish = run.Run.finish_step\n"
-        "            run.Run.finish_step = lambda *args: (time.sleep(0.5), finish(*args))[1]\n"
-        "            return importlib.util.find_spec(name)\n"
-        "    sys.meta_path.insert(0, Slow())\n"
-    )
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'site'}{os.pathsep}{ROOT}")
+    monkeypatch.setenv("PYTHONPATH", tiny.slow_steps(tmp_path / "site", 0.5))
 
 
 def test_the_launcher_passes_the_signal_on(whole, tmp_path, slow_steps, start):
@@ -150,9 +145,7 @@ def test_the_launcher_passes_the_signal_on(whole, tmp_path, slow_steps, start):
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 75 and said.startswith("nrt: asked to stop: step ") and said.count("\n") == 1
-    process = start(*command)
-    _, said = process.communicate(timeout=120)
-    assert (process.returncode, said) == (0, "")
+    assert tiny.work_ranks(tiny.recipe(inputs, ranks=2, **{TP: 2}), 2) == ([0, 0], "")
     assert_equal_runs(tmp_path / "run", whole)
 
 
@@ -208,8 +201,8 @@ def test_ranks_that_have_not_met_leave_at_once(tmp_path, slow_start, start, torc
     while len(list(tmp_path.glob("here?"))) < 2:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
-    time.sleep(8)
     ranks = {int(child.environ()["RANK"]): child for child in psutil.Process(process.pid).children()}
+    wait_until_idle(ranks[0])
     for rank in asked:
         ranks[rank].send_signal(signal.SIGUSR1)
     sent = time.monotonic()

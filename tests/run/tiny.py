@@ -20,6 +20,7 @@ from tests.data.builders import word_level, write_fast, write_jsonl
 from tests.distributed import run_ranks
 from tools.torture import rows_of
 
+ROOT = Path(__file__).parents[2]
 TP, PP, VPP, DISTOPT, SP, CP = (
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
@@ -135,6 +136,26 @@ def _train(settings: Recipe, before: Optional[Callable[[], None]]) -> bool:
     if before is not None:
         before()
     return train(settings)
+
+
+def slow_steps(site: Path, seconds: float, while_: str = "True") -> str:
+    """A PYTHONPATH with which ranks take so much longer over every step, as long as an expression of `os` holds."""
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(
+        "import os, sys\n"
+        f"if 'RANK' in os.environ and ({while_}):\n"
+        "    import importlib.abc, importlib.util\n"
+        "    class Slow(importlib.abc.MetaPathFinder):\n"
+        "        def find_spec(self, name, path, target=None):\n"
+        "            if name != 'nrt_megatron.trainer': return None\n"
+        "            sys.meta_path.remove(self)\n"
+        "            import time, nrt_megatron.run as run\n"
+        "            finish = run.Run.finish_step\n"
+        f"            run.Run.finish_step = lambda *args: (time.sleep({seconds}), finish(*args))[1]\n"
+        "            return importlib.util.find_spec(name)\n"
+        "    sys.meta_path.insert(0, Slow())\n"
+    )
+    return f"{site}{os.pathsep}{ROOT}"
 
 
 def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:

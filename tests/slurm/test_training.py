@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import pytest
 
+from tests.run import tiny
 from tests.slurm.cluster import Job, PrivateSlurm
 from tests.slurm.conftest import ROOT
-from tools.torture import differences
+from tools.torture import REDUCED, differences
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(600)]
-STEPS = 110
-"""More than 30 s, for slurmctld looks at time limits as often as that, and then enough to be requeued."""
+STEPS = 30
+SLOW_S = 3
+"""Added to a step where a job is to be disturbed: slurmctld looks at time limits every 30 s, and machines are busy."""
 
 
 @pytest.fixture(scope="module")
@@ -25,21 +27,21 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     made = tmp_path_factory.mktemp("inputs") / "tiny-sum"
     tiny_sum.prepare(made, tiny_sum.Settings(steps=1, train_questions=500, validation_questions=64))
     return [
+        *REDUCED,
         "prepare=null",
         f"policy.model.path={made}/base",
         f"data.train={made}/train.jsonl",
         f"data.validation={made}/validation.jsonl",
-        "evaluation.num_questions=16",
-        "checkpointing.every=25",
+        "checkpointing.every=10",
         f"nrt.max_num_steps={STEPS}",
     ]
 
 
-def submit(slurm: PrivateSlurm, run_dir: Path, *overrides: str) -> str:
+def submit(slurm: PrivateSlurm, run_dir: Path, *overrides: str, env: Optional[dict[str, str]] = None) -> str:
     """The command of the README, with the log beside the run directory."""
     script = ("slurm/nrt_70b.sh", "recipes/nrt-tiny-2n0g-cpu.yaml")
     output = f"--output={run_dir.parent}/%x-%j.log"
-    return slurm.submit("--nodes=2", output, *script, f"run_dir={run_dir}", *overrides, cwd=ROOT)
+    return slurm.submit("--nodes=2", output, *script, f"run_dir={run_dir}", *overrides, cwd=ROOT, env=env)
 
 
 def rows(run_dir: Path) -> list[dict[str, Any]]:
@@ -70,7 +72,8 @@ def test_at_its_time_limit_and_requeued_in_the_middle_it_ends_the_same(
     slurm: PrivateSlurm, undisturbed: tuple[Job, Path], inputs: list[str], tmp_path: Path
 ):
     run_dir = tmp_path / "run"
-    job_id = submit(slurm, run_dir, *inputs)
+    slow = tiny.slow_steps(tmp_path / "site", SLOW_S, "int(os.environ.get('SLURM_RESTART_COUNT', 0)) < 2")
+    job_id = submit(slurm, run_dir, *inputs, env={"PYTHONPATH": slow})
     slurm.wait_until(job_id, lambda job: len(rows(run_dir)) >= 2)
     set_time_limit(slurm, job_id, "5")  # below the 600 s before the limit at which the script wants its signal
     slurm.wait_until(job_id, lambda job: job.restarts == 1)
