@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tools.torture import reserved_port
+
 
 def _rank_main(fn: Callable, rank: int, world_size: int, port: int, out: Path, args: tuple) -> int:
     os.environ.update(
@@ -43,11 +45,10 @@ def run_ranks(world_size: int, fn: Callable, *args: Any, timeout: float = 120.0)
     `timeout` seconds pass, all ranks are ended and the failure shows every rank's output and stack.
     """
     import torch
-    from torch.distributed.elastic.utils.distributed import get_free_port
 
     torch.set_num_threads(1)  # a forked child must not inherit a live OpenMP pool
-    with tempfile.TemporaryDirectory() as tmp:
-        out, port = Path(tmp), get_free_port()
+    with tempfile.TemporaryDirectory() as tmp, reserved_port() as reserved:
+        out, port = Path(tmp), reserved.getsockname()[1]
         sys.stdout.flush()
         sys.stderr.flush()
         pids = []

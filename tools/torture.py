@@ -21,6 +21,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -81,10 +82,9 @@ class Ranks:
             self.launcher = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             self.pids: list[int] = []
         else:
-            from torch.distributed.elastic.utils.distributed import get_free_port
-
-            port = get_free_port()
-            self.pids = [_fork_rank(recipe_yaml, rank, world_size, port) for rank in range(world_size)]
+            with reserved_port() as reserved:
+                port = reserved.getsockname()[1]
+                self.pids = [_fork_rank(recipe_yaml, rank, world_size, port) for rank in range(world_size)]
         self.alive = dict(enumerate(self.pids))
         self.ended: list[int] = []
         """Ranks that did not end by themselves."""
@@ -135,6 +135,17 @@ class Ranks:
             time.sleep(0.5)
         if self.launcher is not None:
             self.launcher.kill()
+
+
+def reserved_port() -> socket.socket:
+    """Holds a port of 127.0.0.1 that nobody else is given while the socket is open, here or in a forked rank.
+
+    Sockets with SO_REUSEADDR, as torch's store makes them, may listen on it meanwhile.
+    """
+    reserved = socket.socket()
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    reserved.bind(("127.0.0.1", 0))
+    return reserved
 
 
 def _fork_rank(recipe_yaml: Path, rank: int, world_size: int, port: int) -> int:
