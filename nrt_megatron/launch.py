@@ -153,7 +153,7 @@ def _start_ranks(recipe: Recipe, recipe_yaml: Path, scratch: str) -> int:
         max_restarts=0,
         logs_specs=DefaultLogsSpecs(log_dir=scratch),
         signals_to_handle="SIGINT,SIGHUP,SIGQUIT",  # these end the ranks; SIGTERM and SIGUSR1 ask them to stop
-        shutdown_timeout=_PATIENCE_S,
+        **({"shutdown_timeout": _PATIENCE_S} if hasattr(LaunchConfig, "shutdown_timeout") else {}),  # torch 2.10: 30 s
     )
     stopping.listen()
     threading.Thread(target=_pass_stop_on, daemon=True).start()
