@@ -31,6 +31,7 @@ from nrt_megatron.convert.dcp_metadata import read_metadata
 from nrt_megatron.mcore import storage
 from nrt_megatron.mcore.optimizer_state import load_optimizer_state, optimizer_state, update_count
 from nrt_megatron.mcore.policy import MegatronPolicy
+from nrt_megatron.mcore.precision import load_state
 from nrt_megatron.mcore.reduce import reduce_max
 from nrt_megatron.recipe import Checkpointing
 
@@ -274,7 +275,7 @@ def load_weights(checkpoint: Path, policy: MegatronPolicy) -> None:
 
 def _fill_weights(policy: MegatronPolicy, loaded: dict[str, Any]) -> None:
     for index, chunk in enumerate(policy.chunks):
-        chunk.load_state_dict(loaded[f"model{index}"])
+        load_state(chunk, loaded[f"model{index}"])
     policy.version += 1
 
 

@@ -14,6 +14,7 @@ from nrt_megatron.convert.config import ModelShape
 from nrt_megatron.convert.layout import read_shard
 from nrt_megatron.convert.safetensors_io import HFWeights, TensorReader
 from nrt_megatron.convert.vocabulary import NewTokens, read_rows
+from nrt_megatron.mcore.precision import set_weight
 
 WeightSource = Union[str, Path, TensorReader]
 """A Hugging Face directory, or something that reads like one."""
@@ -51,13 +52,12 @@ def load_hf_weights(
     weights.check(shape)
     table = names.by_name(shape)
     rows = new_token_init.vocab_size(shape.vocab_size) if new_token_init else shape.vocab_size
-    with torch.no_grad():
-        for chunk in model_chunks:
-            for name, target in global_parameters(chunk):
-                assert name in table, f"parameter {name} is not in the table of names"
-                value = _local_value(weights, table[name], target, tp_rank, tp_size, rows, new_token_init)
-                assert value.shape == target.shape, f"{name}: {tuple(value.shape)} for {tuple(target.shape)}"
-                target.copy_(value)
+    for chunk in model_chunks:
+        for name, target in global_parameters(chunk):
+            assert name in table, f"parameter {name} is not in the table of names"
+            value = _local_value(weights, table[name], target, tp_rank, tp_size, rows, new_token_init)
+            assert value.shape == target.shape, f"{name}: {tuple(value.shape)} for {tuple(target.shape)}"
+            set_weight(target, value)
 
 
 def _local_value(

@@ -65,6 +65,32 @@ def set_sequence_parallel(chunk: torch.nn.Module, on: bool) -> None:
             module.fp8_initialized = module.fp8_meta_tensors_initialized = False
 
 
+def set_weight(parameter: torch.nn.Parameter, value: Tensor) -> None:
+    """Gives a weight a value of its shape, also where it is kept in FP8."""
+    with torch.no_grad():
+        parameter.copy_(value)
+    _note(parameter, value)
+
+
+def load_state(chunk: torch.nn.Module, state: dict[str, Any]) -> None:
+    """`load_state_dict`, also where weights are kept in FP8."""
+    chunk.load_state_dict(state)
+    for name, parameter in chunk.named_parameters():
+        _note(parameter, state[name])
+
+
+@torch.no_grad()
+def _note(parameter: torch.nn.Parameter, value: Tensor) -> None:
+    """Says what a weight kept in FP8 was before it was rounded, until the optimizer is built.
+
+    Megatron makes the optimizer's float32 copy from what Transformer Engine noted of it at construction (Megatron
+    0.16.1, `DistributedOptimizer`): no weight yet, but what memory held.
+    """
+    noted = getattr(parameter, "get_high_precision_init_val", lambda: None)()
+    if noted is not None:
+        noted.copy_(value)
+
+
 @contextlib.contextmanager
 def rollout_precision(chunks: list[torch.nn.Module], fp8: str) -> Iterator[None]:
     """Linear layers as a rollout wants them: `fp8` is `same` as in training, or `none`. No weight may change inside."""

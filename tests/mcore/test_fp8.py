@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 from megatron.core.fp8_utils import get_fp8_align_size
 
+from nrt_megatron.convert.config import ModelShape
+from nrt_megatron.convert.importer import import_hf
+from nrt_megatron.mcore import runtime
+from nrt_megatron.mcore.checkpoint import load_weights
 from nrt_megatron.mcore.fp8 import BLOCK, Scaling, _Fp8Matmul, dequantize, quantize
 from nrt_megatron.mcore.model import use_transformer_engine
+from nrt_megatron.mcore.policy import MegatronPolicy
 from nrt_megatron.mcore.precision import (
     describe,
     pad_tokens,
@@ -18,6 +24,8 @@ from nrt_megatron.mcore.precision import (
     transformer_fields,
 )
 from nrt_megatron.recipe import NRT, ConfigError, Megatron, Policy, SequencePacking, token_multiple
+from tests.distributed import run_ranks
+from tests.mcore import tiny
 from tests.mcore.test_layouts import TP
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -222,6 +230,36 @@ def test_a_rollout_leaves_megatrons_config_as_it_was():
     with rollout_precision([chunk], "same"):
         assert chunk.config.fp8 == "hybrid"
     assert calls == ["weights are new"]
+
+
+def test_the_optimizer_begins_from_the_weights_that_were_loaded_where_they_are_kept_in_fp8(tmp_path):
+    """As Transformer Engine keeps them: the value before rounding beside the parameter, until it is cleared."""
+    (rank,) = run_ranks(1, _noted_values, tiny.save_hf(tiny.LLAMA, tmp_path / "hf"), tmp_path / "converted")
+    assert rank == {"hf": True, "checkpoint": True, "cleared": True}
+
+
+def _noted_values(directory, converted) -> dict[str, bool]:
+    shape, names = ModelShape.from_dir(directory), ("linear_fc1.weight", "linear_proj.weight")
+    import_hf(directory, converted, tokenizer=False)
+    policy = MegatronPolicy(runtime.initialize(tiny.recipe()), tiny.recipe().policy, shape, num_updates=1)
+    weights = {n: p for n, p in policy.chunks[0].named_parameters() if n.endswith(names)}
+    noted = {n: torch.full_like(p, torch.nan) for n, p in weights.items()}
+    for name, parameter in weights.items():
+        parameter.get_high_precision_init_val = partial(noted.get, name)
+    same = {}
+    for way, load in (
+        ("hf", lambda: policy.load(directory, shape)),
+        ("checkpoint", lambda: load_weights(converted, policy)),
+    ):
+        load()
+        same[way] = all(torch.equal(noted[name], parameter) for name, parameter in weights.items())
+        assert not any(value.requires_grad for value in noted.values())
+        for value in noted.values():
+            value.fill_(torch.nan)
+    for parameter in weights.values():
+        parameter.get_high_precision_init_val = lambda: None
+    load_weights(converted, policy)
+    return same | {"cleared": all(value.isnan().all().item() for value in noted.values())}
 
 
 def test_fp8_without_transformer_engine_is_refused_in_one_line():
