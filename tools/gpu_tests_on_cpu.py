@@ -2,8 +2,8 @@
 """Runs the tests marked `gpu` without one, as far as they go: `tools/gpu_tests_on_cpu.py [-k EXPRESSION]`.
 
 On Transformer Engine's Python with stand-ins for its kernels (tools/te_standins.py): its linear layers in models,
-rollout on the cache, FP8 with its reference quantizer in the place of tensorwise scaling, kept FP8 weights. Not CUDA,
-NCCL, its kernels, its other scalings, or weights in FP8.
+rollout on the cache, tensorwise and blockwise FP8 with its own quantizers and tensors, kept FP8 weights, weights in
+FP8, and two ranks that share sequences. Not CUDA, NCCL, its kernels, or delayed scaling.
 """
 
 from __future__ import annotations
@@ -15,18 +15,23 @@ from pathlib import Path
 import te_standins
 
 ROOT = Path(__file__).resolve().parent.parent
-OUT_OF_REACH = ("delayed", "blockwise", "weights]", "rehearsed", "adapter")
-"""Parts of the names of tests that need a kernel without a stand-in, or a GPU itself."""
+OUT_OF_REACH = ("delayed", "adapter", "its_checkpoint[te fp8 weights]")
+"""Parts of the names of tests that need a kernel without a stand-in, or a GPU itself: the copy off it that a checkpoint
+takes is one out of FP8."""
 
 
 class Reachable:
     """A pytest plugin that lets the GPU tests run, all but those out of reach."""
 
     def pytest_collection_modifyitems(self, config, items: list) -> None:
+        from tests.distributed import run_ranks
+
         config.hook.pytest_deselected(items=[i for i in items if any(name in i.name for name in OUT_OF_REACH)])
         items[:] = [i for i in items if not any(name in i.name for name in OUT_OF_REACH)]
+        items.sort(key=lambda item: "two_ranks" not in item.name)  # forked, so before this process has threads
         for item in items:
             item.module.HAS_GPU, item.module.needs = True, lambda fields: None
+            item.module.RUN = lambda fn, *args: run_ranks(2, fn, *args)
 
 
 def main() -> int:
@@ -43,13 +48,6 @@ def main() -> int:
 
     model.HAS_GPU = True
     megatron.core.optimizer.Adam, megatron.core.optimizer.USING_PYTORCH_OPTIMIZER = torch.optim.AdamW, True
-    fields = model.transformer_fields
-
-    def with_reference(cfg) -> dict:
-        reference = dict(fp8_recipe="custom", fp8_quantizer_factory=te_standins.REFERENCE)
-        return fields(cfg) | (reference if fields(cfg).get("fp8_recipe") == "tensorwise" else {})
-
-    model.transformer_fields = with_reference
     options = ["-q", "-m", "gpu", "-p", "no:cacheprovider", "-W", "ignore", str(ROOT / "tests" / "gpu"), *sys.argv[1:]]
     return pytest.main(options, plugins=[Reachable()])
 

@@ -5,13 +5,15 @@ For tools/record_te.py and tools/gpu_tests_on_cpu.py, in an environment of their
     pip install --no-deps transformer-engine==2.11.0 pydantic importlib-metadata zipp einops \\
         onnx onnxscript onnx-ir ml-dtypes
 
-Its modules, FP8 state and reference quantizer run as they are. Stand-ins: the compiled module (its names; a kernel
-that is called and has no stand-in raises), RMSNorm, the product of matrices that are not in FP8, norm and scaling of
-gradients, Triton, and the answers of a Hopper GPU. Its asserts that tensors are on a GPU must be off: `python -O`.
+Its modules, FP8 state, tensors and reference quantizer run as they are. Stand-ins: the compiled module (its names; a
+kernel that is called and has no stand-in raises), RMSNorm, the product of matrices, norm and scaling of gradients,
+casts to FP8 (te_fp8.py), Triton, and the answers of a Hopper GPU. Its asserts that tensors are on a GPU must be off:
+`python -O`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import importlib.machinery
 import os
@@ -23,6 +25,8 @@ from typing import Any
 import torch
 import torch._inductor.runtime.hints  # looks for Triton itself: before there is a stand-in
 from torch import Tensor
+
+import te_fp8
 
 REFERENCE = (
     "transformer_engine.pytorch.custom_recipes.quantization_current_scaling.current_scaling_ref_quantizer_factory"
@@ -84,7 +88,8 @@ class _FindTriton:
 def _rmsnorm_forward(x: Tensor, weight: Tensor, eps: float, out, quantizer, dtype, margin, zero_centered):
     """x [n, h] -> (y, no mean, reciprocal root mean square [n])"""
     reciprocal = torch.rsqrt(x.float().pow(2).mean(-1) + eps)
-    return (x.float() * reciprocal[:, None] * weight.float()).to(x.dtype), None, reciprocal
+    y = (x.float() * reciprocal[:, None] * weight.float()).to(x.dtype)
+    return y if quantizer is None else quantizer(y), None, reciprocal
 
 
 def _rmsnorm_backward(dy: Tensor, x: Tensor, reciprocal: Tensor, weight: Tensor, margin, zero_centered):
@@ -100,8 +105,8 @@ def _product(
     from transformer_engine.pytorch.constants import TE_DType
 
     dtypes = {code: dtype for dtype, code in TE_DType.items()}
-    rows = () if transpose_b else b.shape[:-1]
-    a, b = a.flatten(0, -2), b.flatten(0, -2)
+    rows = () if transpose_b else b.size()[:-1]
+    a, b = te_fp8.operand(a, not transpose_a), te_fp8.operand(b, transpose_b)
     y = (b.t() if transpose_b else b).float() @ (a.t() if transpose_a else a).float()
     y = y.to(dtypes.get(dtype, a.dtype))
     if out is not None:
@@ -131,6 +136,9 @@ def install() -> None:
     compiled.FP8FwdTensors, compiled.FP8BwdTensors = (enum.IntEnum("Tensors", t) for t in (forward, backward))
     compiled.rmsnorm_fwd, compiled.rmsnorm_bwd = _rmsnorm_forward, _rmsnorm_backward
     compiled.generic_gemm, compiled.multi_tensor_l2norm, compiled.multi_tensor_scale = _product, _norm, _scale
+    compiled.quantize, compiled.dequantize = te_fp8.quantize, te_fp8.dequantize
+    compiled.fp8_transpose, compiled.compute_amax = te_fp8.transpose, te_fp8.largest_magnitude
+    compiled.multi_tensor_compute_scale_and_scale_inv = te_fp8.scales
     compiled.__all__ = ["rmsnorm_fwd", "rmsnorm_bwd", "layernorm_fwd", "layernorm_bwd"]
     sys.modules["transformer_engine_torch"] = compiled
     common.load_framework_extension = lambda framework: None
@@ -143,8 +151,23 @@ def install() -> None:
         del sys.modules[name]
 
 
+def _one_after_another(coalescing: Any) -> Any:
+    """Gathers that NCCL would do together, over gloo."""
+
+    def manager(group: Any = None, device: Any = None, **options: Any) -> Any:
+        done = contextlib.nullcontext(types.SimpleNamespace(wait=lambda: None))
+        return coalescing(group, device, **options) if device is None else done
+
+    return manager
+
+
 def pretend_hopper() -> None:
     """What Transformer Engine asks the GPU, after the CPU adapter is in place."""
+    from transformer_engine.pytorch.quantized_tensor import QuantizedTensor
+
+    QuantizedTensor.type = lambda self: "torch.cuda.BFloat16Tensor"  # the adapter's answer for one inside another
+    torch.distributed._coalescing_manager = _one_after_another(torch.distributed._coalescing_manager)
+    torch.version.cuda = "13.0"
     torch.cuda.is_available = lambda: True
     torch.cuda.is_current_stream_capturing = lambda: False
     torch.cuda.get_device_properties = lambda device=None: types.SimpleNamespace(major=9, minor=0)

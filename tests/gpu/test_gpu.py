@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -44,10 +45,14 @@ def on_gpu() -> Iterator[None]:
 
 
 def needs(fields: dict) -> None:
-    """Skips with the reason where the layers or number formats are not to be had."""
+    """Skips with the reason where the GPU has not the number format. Fails without Transformer Engine: all but these
+    tests run elsewhere."""
     if fields.get("transformer_impl") != "transformer_engine":
         return
-    pytest.importorskip("transformer_engine.pytorch")
+    if find_spec("transformer_engine") is None:
+        pytest.fail("Transformer Engine is not installed: pip install '.[gpu]'", pytrace=False)
+    import transformer_engine.pytorch  # noqa: F401  an installation that does not load fails, too
+
     capability, cuda = torch.cuda.get_device_capability(), torch.version.cuda
     if "fp8" in fields and capability < (8, 9):
         pytest.skip(f"FP8 needs compute capability 8.9, this is {capability}")
