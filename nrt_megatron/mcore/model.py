@@ -200,7 +200,7 @@ def transformer_config(shape: ModelShape, cfg: Megatron, **overrides) -> Transfo
                 calculate_per_token_loss=True,  # (sum, count): the loss is divided in one place
                 perform_initialization=False,  # weights come from a checkpoint or from seeded_weights
                 deterministic_mode=cfg.deterministic_mode,
-                gradient_accumulation_fusion=False,
+                gradient_accumulation_fusion=False,  # Apex' kernel; on Transformer Engine: wrap_for_training
                 bias_activation_fusion=HAS_GPU,  # SwiGLU keeps its input alone for the backward pass
                 account_for_embedding_in_pipeline_split=cfg.account_for_embedding_in_pipeline_split,
                 account_for_loss_in_pipeline_split=cfg.account_for_loss_in_pipeline_split,
@@ -273,6 +273,13 @@ def wrap_for_training(chunks: list[PolicyModel], cfg: Megatron) -> list[Distribu
     for i, chunk in enumerate(chunks):
         module = Float16Module(chunk.config, chunk) if cfg.bf16 else chunk
         wrapped.append(DistributedDataParallel(chunk.config, ddp_config, module, disable_bucketing=i > 0))
+        for layer in chunk.modules():
+            # Transformer Engine's linear layers add a weight's gradient to `main_grad` themselves, in fp32 and not
+            # rounded to bf16 for each micro-batch first, and mark the weight, for which Megatron's hook adds nothing
+            # then. Set in the config this would hold for the output layer, too, whose gradient is not its module's
+            # (`logprobs`) and may be the embedding's: those reach the hook, and are added there.
+            if hasattr(layer, "fuse_wgrad_accumulation"):
+                layer.fuse_wgrad_accumulation = True
     return wrapped
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 
 import pytest
@@ -20,6 +21,7 @@ from nrt_megatron.mcore.checkpoint import Saver, load, load_weights
 from nrt_megatron.mcore.generate import MegatronGenerator
 from nrt_megatron.mcore.model import build_chunks, use_transformer_engine
 from nrt_megatron.mcore.policy import MegatronPolicy
+from nrt_megatron.objective.loss import nrt_loss
 from nrt_megatron.recipe import NRT, Checkpointing, Megatron, Recipe
 from nrt_megatron.rollout import rollout
 from nrt_megatron.scoring import score, sequence_grid
@@ -31,6 +33,7 @@ pytestmark = pytest.mark.gpu
 
 LOCAL, TE = {"transformer_impl": "local"}, {"transformer_impl": "transformer_engine"}
 HYBRID = {"bf16": True, "fp8": "hybrid", "fp8_recipe": "tensorwise"}
+WEIGHT = "decoder.layers.0.mlp.linear_fc1.weight"
 BLOCKS = {"bf16": True, "fp8": "e4m3", "fp8_recipe": "blockwise"}
 
 
@@ -199,6 +202,30 @@ def test_a_run_goes_on_from_its_checkpoint(llama, tmp_path, name):
     for key in ("loss", "grad_norm", "lr"):
         assert row[key] == pytest.approx(expected[key], rel=1e-5), key
     assert (log_probs(again) - left_at).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("fields", [{"bf16": True}, HYBRID, BLOCKS], ids=["bf16", "fp8 tensorwise", "fp8 blockwise"])
+def test_weight_gradients_of_micro_batches_are_added_in_float32(checkpoint, fields):
+    """By the layers themselves, twice (what the first time left is gone), against sums of rounded ones."""
+    needs({**TE, **fields})
+    policy = tiny.policy(checkpoint, recipe := tiny.recipe(**TE, **fields))
+    batches = micro_batches(tiny.grid(8), torch.arange(8), 2, temperature=1.0, pad_multiple=policy.pad_multiple)
+    layers = [layer for layer in policy.chunks[0].modules() if hasattr(layer, "fuse_wgrad_accumulation")]
+    assert layers and all(layer.fuse_wgrad_accumulation for layer in layers)
+
+    def gradients() -> dict[str, torch.Tensor]:
+        policy.gradients(batches, partial(nrt_loss, settings=recipe.nrt))
+        return {name: p.main_grad.clone() for name, p in policy.chunks[0].named_parameters()}
+
+    first, again = gradients(), gradients()
+    for layer in layers:
+        layer.fuse_wgrad_accumulation = False
+    rounded = gradients()
+    assert not torch.equal(first[WEIGHT], rounded[WEIGHT]), "then it would not matter"
+    for name, value in first.items():
+        assert value.norm() > 0
+        for other in (again[name], rounded[name]):
+            assert (value - other).norm() < 1e-2 * value.norm(), name
 
 
 @pytest.mark.parametrize("fp8", [HYBRID, BLOCKS], ids=["tensorwise", "blockwise"])
