@@ -163,7 +163,7 @@ class _Batch:
         order[gaps], order[movers] = movers, gaps
         changed = torch.cat([gaps, movers])
         self.cache.copy_rows(order[changed], changed)
-        if self.request.answers is not None:
+        if self.table.A:
             self._score(self.traces[order[left:]], first_row=left)
         self.traces, self.tokens, self.positions = (x[order[:left]] for x in (self.traces, self.tokens, self.positions))
         return left
@@ -174,7 +174,7 @@ class _Batch:
         rows = torch.tensor(prompts, device=self.device)
         lengths = self.table.prompt_lengths[rows]
         logits = self.cache.prefill(self.table.prompts[rows, -width:], lengths, first_row)
-        if self.request.answers is not None and self.request.baseline:
+        if self.table.A and self.request.baseline:
             scored, exists = self._score_block(prompts, first_row, lengths, torch.zeros_like(lengths))
             self.table.scored_baseline_tokens[rows] = exists.sum(-1)
             if scored is not None:
