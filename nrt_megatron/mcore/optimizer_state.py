@@ -16,6 +16,7 @@ from typing import Any, Optional, Union
 import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.exchange_utils import distribute_shards_to_ranks
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.optimizer import make_sharded_optimizer_tensor
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
@@ -50,13 +51,13 @@ def optimizer_state(optimizer: MegatronOptimizer, model: dict[str, Any], loading
     shards = _shards(model)
     weights = [weight for weight in _weights(part) if id(weight) in shards]
     slots = {id(slot.weight): slot for slot in _slots(part)}
-    state = {}
+    state, owners = {}, _owners(part, weights)
     for index, weight in enumerate(weights):
         slot = slots.get(id(weight), _Slot(weight, {}, slice(0, 0)))
         if loading and not slot.tensors:
             continue
         for name in _names(weight):
-            whole = _target(slot, name) if loading else _whole(part, slot, name, index)
+            whole = _target(slot, name) if loading else _whole(part, slot, name, owners.get((index, name), 0))
             if whole is not None:
                 state[f"{index}.{name}"] = _sharded(shards[id(weight)], whole, name, _is_distributed(part))
     return state
@@ -148,18 +149,24 @@ def _target(slot: _Slot, name: str) -> Tensor:
     return slot.tensors[name] if slot.span is None else torch.zeros(slot.weight.shape)
 
 
-def _whole(part: MegatronOptimizer, slot: _Slot, name: str, index: int) -> Optional[Tensor]:
-    """The state `name` of a whole weight, on the rank that is to write it; None on the others.
+def _owners(part: MegatronOptimizer, weights: list[Parameter]) -> dict[tuple[int, str], int]:
+    """Which rank of a distributed optimizer gathers and writes the state `name` of the weight `index`: about as many
+    bytes on each, so that memory and writing are spread. Empty for the other optimizers."""
+    if not _is_distributed(part):
+        return {}
+    size = part.data_parallel_group.size()
+    numel = {(index, name): weight.numel() for index, weight in enumerate(weights) for name in _names(weight)}
+    return distribute_shards_to_ranks({key: range(size) for key in numel}, numel, size, set())
 
-    Ranks of a distributed optimizer take turns in gathering, so that memory and writing are spread over them.
-    """
+
+def _whole(part: MegatronOptimizer, slot: _Slot, name: str, owner: int) -> Optional[Tensor]:
+    """The state `name` of a whole weight, on the rank `owner` of a distributed optimizer; None on the others."""
     if slot.span is None:
         return slot.tensors[name]
     group = part.data_parallel_group
     flat = torch.zeros(slot.weight.numel(), device=slot.weight.device)
     if slot.tensors:
         flat[slot.span] = slot.tensors[name].detach()
-    owner = index % group.size()
     dist.reduce(flat, dist.get_global_rank(group, owner), group=group)  # all but one summand of an entry are 0
     return flat.view(slot.weight.shape).cpu() if group.rank() == owner else None
 

@@ -15,12 +15,14 @@ from typing import Any, Optional, TypeVar
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.state_dict_utils import save_preprocess
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync, WriteBucket
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
@@ -88,6 +90,8 @@ class StateWriter:
     process with a GPU and threads, and gathers results through a server process. Those live on when their rank is
     killed, and lose the cause of an error.
 
+    Ranks that hold copies of the same tensors share the writing, by bytes.
+
     Making one plans the files and writes what is equal on all ranks, and is collective like `finish`; what may fail
     on one rank is run by `on_all` (see `together`). `copy` and `write` are this rank's own affair.
     """
@@ -96,10 +100,12 @@ class StateWriter:
         # Megatron asks for a queue between processes while it plans; one that starts no process will do.
         filesystem_async._results_queue = queue.SimpleQueue()
         self._on_all, self._main = on_all, dist.get_rank() == 0
-        sharded, common = save_preprocess(state, validate_access_integrity=True)
+        # That every shard is written once is checked behind the sharing.
+        sharded, common = save_preprocess(state, validate_access_integrity=False)
         on_all((lambda: _write_common(common, directory)) if self._main else lambda: None)
         self._plan = _PlannedWrite(*_FORMAT, thread_count=_FILES_PER_RANK)
-        self._plan.async_save(sharded, directory)
+        copies = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        FullyParallelSaveStrategyWrapper(self._plan, copies).async_save(sharded, directory)
         self._buckets = self._plan.writer.write_buckets or []
         self._plan.writer.write_buckets = []  # or they would hold the tensors until the end
 
