@@ -55,7 +55,9 @@ class CheckpointMeta:
         except (OSError, ValueError):
             of_run = newest_first(checkpoint / "checkpoints")
             named = f", such as {of_run[0]}" if of_run else " written by `nrt train` or `nrt convert`"
-            raise ConfigError(f"{path}: not readable; give a checkpoint{named}") from None
+            is_hf = (checkpoint / "config.json").is_file() and not path.exists()
+            problem = f"{checkpoint}: a Hugging Face model already" if is_hf else f"{path}: not readable"
+            raise ConfigError(f"{problem}; give a checkpoint{named}") from None
         if not isinstance(meta, dict) or meta.get("format") != FORMAT:
             found = meta.get("format") if isinstance(meta, dict) else None
             raise ConfigError(f"{path}: format {found!r} is not {FORMAT!r}; convert the checkpoint again")

@@ -237,6 +237,7 @@ def convert(
 ) -> None:
     """Convert a Hugging Face model to a Megatron checkpoint that loads at any layout."""
     from nrt_megatron.mcore.convert_checkpoint import convert_hf_to_megatron
+    from nrt_megatron.recipe import print_notice
 
     convert_hf_to_megatron(
         hf_dir,
@@ -247,6 +248,7 @@ def convert(
         dtype=dtype,
         verify=verify,
     )
+    print_notice(f"wrote {out_dir}; a run starts from it with policy.model.path={out_dir}")
 
 
 @app.command()
@@ -266,8 +268,10 @@ def export(
 ) -> None:
     """Export a checkpoint as a Hugging Face model, ready to release."""
     from nrt_megatron.mcore.convert_checkpoint import export_to_hf
+    from nrt_megatron.recipe import print_notice
 
     export_to_hf(checkpoint_dir, out_dir, dtype=dtype, max_shard_size=max_shard_size, verify=verify)
+    print_notice(f"wrote {out_dir}, a Hugging Face model")
 
 
 def _interrupted(signum: int, _frame: object) -> NoReturn:

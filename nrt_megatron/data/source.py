@@ -169,7 +169,7 @@ def _decode(line: bytes) -> Any:
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
-        reason = str(error)
+        reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
         if line.strip() in (b"[", b"{"):
             reason = "each row must stand on a line of its own, as one JSON object"
         return BadRow("malformed", f"not JSON: {reason}")

@@ -102,7 +102,10 @@ class Tokenizer:
         try:
             return self._backend.encode_batch(masked)
         except Exception as error:  # The libraries raise bare Exceptions.
-            raise ValueError(f"cannot be encoded: {error}") from None
+            reason = str(error)
+            if "UNK" in reason:
+                reason = "it has characters that the model's tokenizer does not know; train another model on such text"
+            raise ValueError(f"cannot be encoded: {reason}") from None
 
     def apply_chat(self, messages: Sequence[Message], suffix: str = "") -> list[int]:
         """Ids of a conversation up to where the assistant writes next, then of `suffix` (trusted text).

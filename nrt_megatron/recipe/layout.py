@@ -97,7 +97,9 @@ def check_ranks(recipe: Recipe) -> None:
         lower = f", or lower {listed(cut)}" if cut != [_TP] else ""
         other = f", or {_TP} to {listed(fitting)}" if fitting else lower
         key, value = _world_key(recipe) if replica < world else (cut[0], sizes[cut[0]])
-        raise ConfigError.at(key, value, problem, f"set ranks in all to {listed(near)}{other}")
+        ranks = "the product of cluster.num_nodes and cluster.gpus_per_node"
+        ranks = ranks if recipe.cluster.gpus_per_node else "cluster.cpu_ranks"
+        raise ConfigError.at(key, value, problem, f"set {ranks} to {listed(near)}{other}")
 
 
 def check_sequence_cut(recipe: Recipe) -> None:

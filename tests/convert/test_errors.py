@@ -156,7 +156,7 @@ def test_unknown_dtype_and_tokens_without_a_tokenizer(hf: Path, tmp_path: Path) 
 
 def test_export_of_something_else(hf: Path, tmp_path: Path) -> None:
     error = nrt("export", str(hf), str(tmp_path / "out")).exception
-    assert isinstance(error, ConfigError) and "meta.json" in str(error)
+    assert isinstance(error, ConfigError) and "a Hugging Face model already; give a checkpoint" in str(error)
 
 
 def test_export_of_a_damaged_checkpoint(hf: Path, tmp_path: Path) -> None:

@@ -134,16 +134,16 @@ def test_one_trace_has_no_group(load):
 def test_ranks_that_do_not_fill_replicas(load):
     text = refusal(load("cluster.cpu_ranks=5"))
     assert text == (
-        "cluster.cpu_ranks = 5: 5 ranks cannot be split into replicas of TP 2 x PP 1 = 2; set ranks in all to 4 or 6,"
-        " or policy.megatron_cfg.tensor_model_parallel_size to 1"
+        "cluster.cpu_ranks = 5: 5 ranks cannot be split into replicas of TP 2 x PP 1 = 2; set cluster.cpu_ranks to 4 or"
+        " 6, or policy.megatron_cfg.tensor_model_parallel_size to 1"
     )
     assert "cluster.gpus_per_node = 3" in refusal(load("cluster.gpus_per_node=3"))
     context = ["policy.megatron_cfg.context_parallel_size=8", "policy.megatron_cfg.tensor_model_parallel_size=1"]
     assert refusal(load(*context)) == (
         "policy.megatron_cfg.context_parallel_size = 8: 4 ranks cannot be split into replicas of TP 1 x PP 1 x CP 8 ="
-        " 8; set ranks in all to 8, or lower policy.megatron_cfg.context_parallel_size"
+        " 8; set cluster.cpu_ranks to 8, or lower policy.megatron_cfg.context_parallel_size"
     )
-    assert "set ranks in all to 4 or 8" in refusal(
+    assert "set the product of cluster.num_nodes and cluster.gpus_per_node to 4 or 8" in refusal(
         load("cluster={num_nodes: 3, gpus_per_node: 2}", "policy.megatron_cfg.tensor_model_parallel_size=4")
     )
     assert refusal(load("policy.megatron_cfg.tensor_model_parallel_size=8")).startswith(
