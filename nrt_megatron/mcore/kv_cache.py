@@ -100,9 +100,10 @@ class KVCache:
         n, s = prompts.shape
         offset = torch.arange(s, device=prompts.device) - (s - lengths)[:, None]  # [n, s], negative where padded
         end = max(self.length, s) if first_row else s
+        # What was scored behind the columns in use is none of the rows' own.
+        self.exists[:first_row, self.length : end] = False
+        self.exists[first_row : first_row + n] = False
         self.length, self._ragged = end - s, first_row > 0
-        if first_row:
-            self.exists[first_row : first_row + n] = False
         padded = bool((lengths < s).any())
         return self.forward(prompts, offset.clamp(min=0), offset >= 0 if padded else None, first_row=first_row)
 

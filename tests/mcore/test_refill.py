@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from datetime import timedelta
 
@@ -149,3 +150,56 @@ def overlapped(directory) -> bool:
 
 def test_a_stage_works_on_the_next_batch_while_the_last_one_draws(checkpoint):
     assert run_ranks(2, overlapped, checkpoint) == [True, True]
+
+
+def longer_prompts_later(directory, options) -> Generated:
+    """Short prompts with long answers come first, for they need more columns; then long prompts with short answers."""
+    built = tiny.policy(directory, tiny.recipe())
+    cfg = Generation(max_new_tokens=LIMIT, **options)
+    generator = MegatronGenerator(
+        built.runtime, built.chunks, cfg, marker_ids=(61,), stop_ids=tuple(range(2, 34)), vocab_size=tiny.VOCAB, seed=3
+    )
+    prompts = [(40 + g,) for g in range(4)] + [tuple(40 + (g + i) % 20 for i in range(16)) for g in range(6)]
+    answers = [tuple(15 + (g + i) % 45 for i in range(24)) for g in range(4)] + [(15 + g,) for g in range(6)]
+    return generator.generate(Request(prompts, list(range(10)), K, LIMIT, step=1, answers=answers))
+
+
+def test_a_longer_prompt_that_comes_later_shows_no_row_what_was_scored_there(checkpoint):
+    """Its columns reach beyond those in use: of the running rows they hold the answer scored after the empty trace."""
+    (expected,) = run_ranks(1, longer_prompts_later, checkpoint, {})
+    (got,) = run_ranks(1, longer_prompts_later, checkpoint, {"max_batch_size": 8})
+    assert_same(got, expected)
+
+
+def random_requests(directory) -> list[tuple[dict, Generated, Generated]]:
+    """Requests of any shape, drawn in one batch and in small ones: (options of the small ones, small, one)."""
+    built, found = tiny.policy(directory, tiny.recipe()), []
+    for seed in range(8):
+        pick = random.Random(seed)
+        G, K, L = pick.randint(3, 12), pick.choice([1, 2, 3]), pick.choice([0, 1, 5, 16, 24])
+        some = {"stop_ids": tuple(range(2, 2 + pick.choice([1, 8, 20]))), "marker_ids": pick.choice([(61,), (61, 62)])}
+
+        def texts(lengths, pick=pick, G=G):
+            return [tuple(pick.randint(15, 59) for _ in range(pick.choice(lengths))) for _ in range(G)]
+
+        prompts, answers = texts([1, 2, 5, 12, 20]), texts([1, 2, 8, 20]) if pick.random() < 0.8 else None
+        request = Request(prompts, list(range(G)), K, L, step=1, answers=answers, baseline=pick.random() < 0.8)
+
+        def draw(some=some, seed=seed, request=request, **options) -> Generated:
+            cfg = Generation(max_new_tokens=24, **options)
+            how = {**some, "vocab_size": tiny.VOCAB, "seed": seed}
+            return MegatronGenerator(built.runtime, built.chunks, cfg, **how).generate(request)
+
+        small = [
+            {"max_batch_size": pick.randint(K, 4 * K)},
+            {"max_cache_tokens": pick.randint(60 * K, 200 * K)},
+            {"max_batch_size": 2 * K, "max_tokens_per_forward": pick.randint(3, 40)},
+        ]
+        found += [(options, draw(**options), draw()) for options in small]
+    return found
+
+
+def test_requests_of_any_shape(checkpoint):
+    (found,) = run_ranks(1, random_requests, checkpoint)
+    for _, got, expected in found:
+        assert_same(got, expected)
