@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Optional, Protocol
 
-import torch
 from torch import Tensor
 
 MARKER, EOS, LENGTH = 0, 1, 2
@@ -102,22 +101,6 @@ class Generated:
         index = chosen if isinstance(chosen, slice) else chosen.to(self.finish.device)
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "scoring_seconds"}
         return replace(self, **{name: value[index] for name, value in tensors.items()})
-
-    @staticmethod
-    def concatenate(parts: list[Generated], order: Tensor) -> Generated:
-        """Joins parts along the prompts, padding their last dimension alike, and reorders the prompts."""
-        joined = {}
-        for field in fields(Generated):
-            values = [getattr(p, field.name) for p in parts]
-            if isinstance(values[0], (int, float)):
-                joined[field.name] = sum(values)
-                continue
-            if values[0].dim() == 3 or field.name == "baseline_log_probs":
-                fill = -1 if field.name == "trace_ids" else 0
-                width = max(v.size(-1) for v in values)
-                values = [torch.nn.functional.pad(v, (0, width - v.size(-1)), value=fill) for v in values]
-            joined[field.name] = torch.cat(values)[order.to(values[0].device)]
-        return Generated(**joined)
 
 
 class Generator(Protocol):

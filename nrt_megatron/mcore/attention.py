@@ -58,7 +58,7 @@ class SDPACoreAttention(MegatronModule):
         self.shared_by = group if group.size() > 1 else None
         """Ranks that share a sequence; None while each has whole ones."""
         self.softmax_scale = softmax_scale
-        self.window = config.window_size[0] + 1 if config.window_size else None
+        self.window = window_of(config)
 
     def forward(
         self,
@@ -163,6 +163,11 @@ class CachingSelfAttention(SelfAttention):
         return super()._adjust_key_value_for_inference(
             inference_context, query, key, value, rotary_pos_emb, *args, **kwargs
         )
+
+
+def window_of(config: TransformerConfig) -> int | None:
+    """Positions that a token may look back on, itself counted; None: all. Megatron counts those to its left."""
+    return config.window_size[0] + 1 if config.window_size else None
 
 
 def hidden_columns(

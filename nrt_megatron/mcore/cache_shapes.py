@@ -34,20 +34,25 @@ def cache_shapes(
     So long prompts are kept apart from short ones, of which more fit at once. Without `max_tokens` all are one share.
     """
 
-    def shape(prompts: list[int]) -> tuple[int, int]:
-        columns = max(prompt_lengths[p] for p in prompts) + max(answer_lengths[p] for p in prompts) + more_columns
-        rows = max_rows if max_tokens is None else min(max_rows, max_tokens // columns)
-        return max(1, rows // num_generations), columns
-
     def needed(prompt: int) -> int:
         return prompt_lengths[prompt] + answer_lengths[prompt] + more_columns
 
-    shares: list[list[int]] = []
+    def at_once(columns: int) -> int:
+        rows = max_rows if max_tokens is None else min(max_rows, max_tokens // columns)
+        return max(1, rows // num_generations)
+
+    shares: list[Share] = []
+    longest_prompt = longest_answer = 0  # of the last share
     for prompt in sorted(range(len(prompt_lengths)), key=needed, reverse=True):
-        joined = [*shares[-1], prompt] if shares else [prompt]
-        at_once, columns = shape(joined)
-        if shares and (max_tokens is None or len(joined) <= at_once or columns <= ROOM * needed(prompt)):
-            shares[-1] = joined
+        longest_prompt = max(longest_prompt, prompt_lengths[prompt])
+        longest_answer = max(longest_answer, answer_lengths[prompt])
+        columns = longest_prompt + longest_answer + more_columns
+        others = shares[-1].prompts if shares else []
+        all_fit = len(others) < at_once(columns)
+        if others and (max_tokens is None or all_fit or columns <= ROOM * needed(prompt)):
+            others.append(prompt)
+            shares[-1] = Share(others, at_once(columns), columns)
         else:
-            shares.append([prompt])
-    return [Share(prompts, *shape(prompts)) for prompts in shares]
+            longest_prompt, longest_answer = prompt_lengths[prompt], answer_lengths[prompt]
+            shares.append(Share([prompt], at_once(needed(prompt)), needed(prompt)))
+    return shares

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from megatron.core.inference.contexts import StaticInferenceContext
 from torch import Tensor
 
-from nrt_megatron.mcore.attention import additive, hidden_columns, whole_sequences
+from nrt_megatron.mcore.attention import additive, hidden_columns, whole_sequences, window_of
 from nrt_megatron.mcore.model import PolicyModel, ScoredTokens
 from nrt_megatron.mcore.precision import rollout_precision, set_sequence_parallel
 
@@ -117,7 +117,7 @@ class KVCache:
         self.context.sequence_len_offset, self.context.batch_size_offset = start, first_row
         ragged = self._ragged or exists is not None
         config = self.chunks[0].config
-        window = config.window_size[0] + 1 if config.window_size else None
+        window = window_of(config)
         mask = None
         if ragged or window or (start > 0 and s > 1):
             hidden = hidden_columns(positions, self.positions[rows, :end], self.exists[rows, :end], window)

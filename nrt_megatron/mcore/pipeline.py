@@ -13,7 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from nrt_megatron.data.batch import MicroBatch
-from nrt_megatron.mcore.attention import additive, forget_windows, hidden_columns
+from nrt_megatron.mcore.attention import additive, forget_windows, hidden_columns, window_of
 from nrt_megatron.mcore.context import Share, of_all_ranks, share_of
 from nrt_megatron.mcore.model import ScoredTokens, unwrap
 from nrt_megatron.mcore.stopwatch import Stopwatch
@@ -56,8 +56,7 @@ class _Underway:
 def _mask(batch: MicroBatch, share: Share, config: TransformerConfig) -> Tensor | None:
     if batch.branches is None:
         return None
-    window = config.window_size[0] + 1 if config.window_size else None
-    exists = batch.branches >= 0
+    window, exists = window_of(config), batch.branches >= 0
     hidden = hidden_columns(share.position_ids, batch.position_ids, exists, window, batch.branches, share.branches)
     return additive(hidden, config.params_dtype)
 

@@ -75,7 +75,7 @@ def test_at_its_time_limit_and_requeued_in_the_middle_it_ends_the_same(
     slow = tiny.slow_steps(tmp_path / "site", SLOW_S, "int(os.environ.get('SLURM_RESTART_COUNT', 0)) < 2")
     job_id = submit(slurm, run_dir, *inputs, env={"PYTHONPATH": slow})
     slurm.wait_until(job_id, lambda job: len(rows(run_dir)) >= 2)
-    set_time_limit(slurm, job_id, "5")  # below the 600 s before the limit at which the script wants its signal
+    set_time_limit(slurm, job_id, "5")  # below the 1800 s before the limit at which the script wants its signal
     slurm.wait_until(job_id, lambda job: job.restarts == 1)
     set_time_limit(slurm, job_id, "60")
     done = len(rows(run_dir))
